@@ -1,0 +1,386 @@
+"""Compose `conf/` with Hydra into plain, checked values, each with the file it came from.
+
+Hydra picks and merges the files; the schema says what is right. Every error is found before any is reported: a file that
+cannot be read or a choice that does not exist is set aside, and the rest is checked without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from conf.errors import ConfigError
+from conf.schema import Config
+
+CONF = Path(__file__).parent
+NOT_HYDRA = ("evaluate/tasks/",)
+SCHEMA = "conf/schema.py"
+Path_ = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong in conf/."""
+
+    file: str
+    """Relative to the repository root."""
+    key: str
+    """Dotted, from the root of the configuration; empty when the whole file is meant."""
+    message: str
+    """What is wrong, the value and the remedy."""
+
+    def __str__(self) -> str:
+        """`file: key: message`."""
+        return f"{self.file}: {self.key}: {self.message}" if self.key else f"{self.file}: {self.message}"
+
+
+class ConfigErrors(ConfigError):
+    """Everything that is wrong, at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        """One line per problem, sorted by file and key."""
+        self.problems = sorted(set(problems))
+        count = len(self.problems)
+        super().__init__("\n".join([f"{count} error{'s'[: count != 1]} in the configuration", *(f"  {p}" for p in self.problems)]))
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The whole configuration."""
+
+    config: Config
+    """As dataclasses."""
+    values: dict[str, Any]
+    """As plain objects, with every default, keys sorted."""
+    origins: dict[str, str]
+    """Dotted key of a leaf that a YAML file sets -> that file; all others come from the schema."""
+
+    def origin(self, key: str) -> str:
+        """The file that a dotted leaf came from."""
+        return self.origins.get(key, SCHEMA)
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML as OmegaConf reads it as far as keys go: a key twice in one mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands here twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def digest(conf: Path = CONF) -> str:
+    """sha256 over the paths and bytes of every file of conf/ that can change the outcome."""
+    files = sorted(p for p in conf.rglob("*") if p.is_file() and p.suffix in {".yaml", ".py"})
+    listing = "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(conf).as_posix()}\n" for p in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def compose(overrides: Sequence[str] = (), conf: Path = CONF) -> Composed:
+    """Compose and check. `overrides` are Hydra's (`experiment=tiny`, `tune.seed=3`).
+
+    Raises:
+        ConfigErrors: everything that is wrong, each with file and key.
+    """
+    contents, problems, broken = _scan(conf)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = conf
+        bad_choices = list(_bad_choices(contents, conf, overrides))
+        problems += [problem for problem, *_ in bad_choices]
+        if broken or bad_choices:
+            root = Path(scratch) / "conf"
+            shutil.copytree(conf, root, ignore=shutil.ignore_patterns("__pycache__"))
+            for file in broken:
+                (root / file).write_text("{}\n", encoding="utf-8")
+            for _, _, group, choice in bad_choices:
+                (root / group).mkdir(parents=True, exist_ok=True)
+                (root / group / f"{choice}.yaml").write_text("{}\n", encoding="utf-8")
+        raw, sources = _hydra(root, overrides)
+    origins = _origins(contents, sources)
+    affected = {Path(file).parts[0] for file in broken} | {group.split("/")[0] for _, _, group, _ in bad_choices}
+    everything = "experiment" in affected or "config.yaml" in affected
+    plain, unresolved = _resolve(raw, origins)
+    problems += [p for p in unresolved if not everything and p.key.split(".")[0] not in affected or "interpolation" in p.message]
+    skip = {p.key for p in problems}
+    try:
+        config = TypeAdapter(Config).validate_json(json.dumps(plain))
+    except ValidationError as error:
+        for problem, kind in _explain(error, plain, origins, sources):
+            hidden = everything or problem.key.split(".")[0] in affected
+            if problem.key in skip or (kind == "missing" and hidden) or (kind == "rule" and (hidden or any(key.startswith(f"{problem.key}.") for key in skip))):
+                continue
+            problems.append(problem)
+        raise ConfigErrors(problems or [Problem("conf", "", str(error))]) from None
+    if problems:
+        raise ConfigErrors(problems)
+    values = _sorted(json.loads(TypeAdapter(Config).dump_json(config)))
+    return Composed(config, values, origins)
+
+
+def choices(conf: Path = CONF) -> dict[str, list[str]]:
+    """Group -> the choices in its folder."""
+    found: dict[str, list[str]] = {}
+    for file in _files(conf):
+        if file.parent != conf:
+            found.setdefault(file.parent.relative_to(conf).as_posix(), []).append(file.stem)
+    return {group: sorted(names) for group, names in sorted(found.items())}
+
+
+def leaves(value: object, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """Yield every (path, value) that is no non-empty mapping; a list is one value."""
+    if isinstance(value, dict) and value:
+        for key in value:
+            yield from leaves(value[key], (*path, str(key)))
+    else:
+        yield path, value
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """`('tune', 'lora', 'rank')` -> `tune.lora.rank`."""
+    return ".".join(map(str, path))
+
+
+def _files(conf: Path) -> list[Path]:
+    return sorted(p for p in conf.rglob("*.yaml") if not p.relative_to(conf).as_posix().startswith(NOT_HYDRA))
+
+
+def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
+    """Read every file: contents by relative path, problems, and the paths that cannot be used."""
+    contents: dict[str, Any] = {}
+    problems: list[Problem] = []
+    broken: list[str] = []
+    for path in _files(conf):
+        name = path.relative_to(conf).as_posix()
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe loader
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            problems.append(Problem(f"conf/{name}", "", f"unreadable YAML{line}: {getattr(error, 'problem', None) or error}"))
+            broken.append(name)
+            continue
+        if not isinstance(content, dict | None):
+            problems.append(Problem(f"conf/{name}", "", f"holds a {type(content).__name__}, not a mapping of keys"))
+            broken.append(name)
+            continue
+        contents[name] = content or {}
+        prefix = () if path.parent == conf or name.startswith("experiment/") else path.parent.relative_to(conf).parts
+        for keys, value in _all(contents[name], prefix):
+            if keys[-1] == "_target_":
+                problems.append(Problem(f"conf/{name}", dotted(keys), "_target_ would let a configuration call any function; remove it"))
+            for leaf in value if isinstance(value, list) else [value]:
+                if isinstance(leaf, str) and "${oc.env" in leaf.replace(" ", ""):
+                    problems.append(Problem(f"conf/{name}", dotted(keys), f"{leaf} would publish the environment in params.yaml; stages read secrets where they use them"))
+    return contents, problems, broken
+
+
+def _all(value: object, path: Path_) -> Iterator[tuple[Path_, Any]]:
+    """Yield every key with its value, mappings included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key), inner
+        yield from _all(inner, (*path, key))
+
+
+def _bad_choices(contents: dict[str, Any], conf: Path, overrides: Sequence[str]) -> Iterator[tuple[Problem, str, str, str]]:
+    """Yield (problem, file, group, choice) for each choice in the selected defaults lists that has no file."""
+    chosen = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and "." not in o.split("=", 1)[0])
+    available = choices(conf)
+    todo = [("config.yaml", "")]
+    while todo:
+        file, prefix = todo.pop()
+        for entry in contents.get(file, {}).get("defaults", []):
+            pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
+            for left, choice in pairs:
+                if choice in (None, "_self_"):
+                    continue
+                name = str(left).removeprefix("override ").strip()
+                group = name.lstrip("/") if name.startswith("/") else "/".join(part for part in (prefix, name) if part)
+                choice = chosen.get(group, choice) if file == "config.yaml" else choice
+                for single in choice if isinstance(choice, list) else [choice]:
+                    if single in available.get(group, []) or (not group and f"{single}.yaml" in contents):
+                        todo.append((f"{group}/{single}.yaml" if group else f"{single}.yaml", group))
+                    elif f"{group}/{single}.yaml" not in contents and not (conf / group / f"{single}.yaml").exists():
+                        near = difflib.get_close_matches(str(single), available.get(group, []), 1)
+                        hint = f"did you mean {near[0]}? " if near else ""
+                        message = f"there is no choice {single!r}; {hint}conf/{group}/ has: {', '.join(available.get(group, [])) or 'nothing'}"
+                        yield Problem(f"conf/{file}", group, message), file, group, str(single)
+
+
+def _hydra(conf: Path, overrides: Sequence[str]) -> tuple[DictConfig, list[tuple[str, str]]]:
+    """Compose with Hydra: the merged configuration, and its files with their packages in merge order."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    try:
+        with initialize_config_dir(version_base=None, config_dir=str(conf.resolve())):
+            loader = GlobalHydra.instance().config_loader()
+            merged = loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
+            used = loader.compute_defaults_list("config", list(overrides), run_mode=RunMode.RUN).defaults
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigErrors([Problem("conf", "", str(error).strip().split("\n")[0])]) from None
+    from omegaconf import open_dict
+
+    with open_dict(merged):
+        merged.pop("hydra", None)
+    sources = [(f"{d.config_path}.yaml", d.package or "") for d in used if d.config_path and not d.config_path.startswith("hydra")]
+    return merged, [(file, "" if package == "_global_" else package) for file, package in sources]
+
+
+def _origins(contents: dict[str, Any], sources: list[tuple[str, str]]) -> dict[str, str]:
+    """Dotted leaf -> the last file that set it."""
+    origins: dict[str, str] = {}
+    for file, package in sources:
+        content = {k: v for k, v in contents.get(file, {}).items() if k != "defaults"}
+        for path, _ in leaves(content, tuple(package.split(".")) if package else ()):
+            origins[dotted(path)] = f"conf/{file}"
+    return origins
+
+
+def _file_of(key: str, origins: dict[str, str], sources: list[tuple[str, str]]) -> str:
+    """The file to look into for a key: that which set it, else one that set a neighbour, else the stage's choice."""
+    if key in origins:
+        return origins[key]
+    parts = key.split(".")
+    for cut in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:cut])
+        for leaf in reversed(origins):
+            if leaf == prefix or leaf.startswith(prefix + ".") or (cut == len(parts) and prefix.startswith(leaf + ".")):
+                return origins[leaf]
+    return next((f"conf/{file}" for file, package in reversed(sources) if package == parts[0]), "conf/config.yaml")
+
+
+def _resolve(merged: DictConfig, origins: dict[str, str]) -> tuple[dict[str, Any], list[Problem]]:
+    """Resolve every interpolation on its own; what cannot be resolved is left out and reported."""
+    problems: list[Problem] = []
+
+    def walk(node: Any, path: Path_) -> Any:
+        if isinstance(node, DictConfig):
+            return {str(k): v for k in node for v in [child(node, k, (*path, str(k)))] if v is not _LEFT_OUT}
+        if isinstance(node, ListConfig):
+            return [v for i in range(len(node)) for v in [child(node, i, (*path, i))] if v is not _LEFT_OUT]
+        return node
+
+    def child(node: DictConfig | ListConfig, key: Any, path: Path_) -> Any:
+        name = dotted(path)
+        where = origins.get(name) or next((f for k, f in reversed(origins.items()) if name.startswith(f"{k}.")), "conf/config.yaml")
+        if OmegaConf.is_missing(node, key):
+            problems.append(Problem(where, name, "is mandatory (`???`) and has no value; set it here or in the experiment"))
+            return _LEFT_OUT
+        try:
+            return walk(node[key], path)
+        except RecursionError:
+            problems.append(Problem(where, name, "interpolation: goes round in a circle"))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(where, name, f"interpolation: {str(error).strip().splitlines()[0]}"))
+        return _LEFT_OUT
+
+    return walk(merged, ()), problems
+
+
+_LEFT_OUT = object()
+
+
+def _explain(
+    error: ValidationError, plain: dict[str, Any], origins: dict[str, str], sources: list[tuple[str, str]]
+) -> Iterator[tuple[Problem, Literal["value", "missing", "rule"]]]:
+    """Turn pydantic's findings into problems: a wrong `value`, a `missing` key, or a broken `rule` between several keys."""
+    for item in error.errors():
+        path, kind = _locate(item["loc"], plain)
+        key = dotted(path)
+        match item["type"]:
+            case "unexpected_keyword_argument" | "extra_forbidden":
+                known = sorted(f.name for f in fields(kind)) if is_dataclass(kind) else []
+                near = difflib.get_close_matches(str(path[-1]), known, 1, 0.5)
+                message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known here: {', '.join(known)}"
+                yield Problem(_file_of(key, origins, sources), key, message), "value"
+            case "missing" | "missing_argument" | "missing_keyword_only_argument":
+                yield Problem(_file_of(key, origins, sources), key, "is mandatory and has no value"), "missing"
+            case "value_error":
+                for part in str(item["ctx"]["error"]).split("; "):
+                    named = [dotted((*path, name)) for name in re.findall(r"[a-z_][\w.]*", part)]
+                    file = next((origins[name] for name in named if name in origins), "") or _file_of(named[0] if not key else key, origins, sources)
+                    yield Problem(file, key, part), "rule"
+            case "union_tag_not_found" | "union_tag_invalid":
+                message = f"{item['msg']}" if "tag" not in item.get("ctx", {}) else f"kind={item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"
+                yield Problem(_file_of(f"{key}.kind", origins, sources), f"{key}.kind", message), "value"
+            case _:
+                value = item.get("input")
+                hint = ""
+                if isinstance(value, str) and is_dataclass(_hint(path)):
+                    hint = f"; {value!r} is a choice, not a value: put `{path[-1]}: {value}` into the defaults list of conf/config.yaml or of an experiment"
+                yield Problem(_file_of(key, origins, sources), key, f"{item['msg'].lower()}; the value is {json.dumps(value)}{hint}"), "value"
+
+
+def _hint(path: Path_) -> Any:
+    """The dataclass of a top-level key, if the path is one."""
+    return get_type_hints(Config, include_extras=True).get(str(path[0])) if len(path) == 1 else None
+
+
+def _locate(loc: tuple[int | str, ...], plain: dict[str, Any]) -> tuple[Path_, Any]:
+    """A pydantic location without its union tags, and the dataclass that holds its last key."""
+    path: list[str | int] = []
+    value: Any = plain
+    hint: Any = Config
+    holder: Any = Config
+    for part in loc:
+        options = list(_options(hint))
+        tagged = next((o for o in options if len(options) > 1 and part in _tags(o)), None)
+        if tagged is not None and isinstance(value, dict) and value.get("kind") == part:
+            hint = tagged
+            continue
+        holder = next((o for o in options if is_dataclass(o)), None)
+        if holder is not None:
+            hint = get_type_hints(holder, include_extras=True).get(str(part))
+        elif get_origin(hint) is dict or any(get_origin(o) is dict for o in options):
+            hint = get_args(next(o for o in [hint, *options] if get_origin(o) is dict))[1]
+        elif any(get_origin(o) is list for o in options):
+            hint = get_args(next(o for o in options if get_origin(o) is list))[0]
+        if part == "[key]":
+            continue
+        path.append(part)
+        value = value.get(part) if isinstance(value, dict) else value[part] if isinstance(value, list) and isinstance(part, int) and part < len(value) else None
+    return tuple(path), holder
+
+
+def _options(hint: Any) -> Iterator[Any]:
+    """The members of a union, without annotations and None."""
+    if get_origin(hint) is Annotated:
+        yield from _options(get_args(hint)[0])
+    elif get_origin(hint) is dict or get_origin(hint) is list or is_dataclass(hint):
+        yield hint
+    elif get_args(hint):
+        for member in get_args(hint):
+            yield from _options(member)
+    elif hint is not None and hint is not type(None):
+        yield hint
+
+
+def _tags(kind: Any) -> tuple[str, ...]:
+    """The values of a dataclass's `kind`."""
+    return get_args(get_type_hints(kind).get("kind")) if is_dataclass(kind) else ()
+
+
+def _sorted(value: Any) -> Any:
+    """Mappings with sorted keys, all the way down."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value

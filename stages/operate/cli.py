@@ -1,0 +1,60 @@
+"""The `trunkline` command: one sub-command per verb, each in a module of its own that is imported when it is called.
+
+Exit codes: 0 done, 1 a check failed, 2 the configuration or the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from conf.errors import ConfigError, TrunklineError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="What is on trunk is what is in production.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.command()
+def use(experiment: Annotated[str, typer.Argument(help="Name of a file in conf/experiment/.")]) -> None:
+    """Select an experiment: one line of conf/config.yaml changes."""
+    from stages.operate.use import use as select
+
+    typer.echo(select(experiment))
+
+
+@app.command()
+def config(
+    key: Annotated[str, typer.Argument(help="Only this key and what is below it, dotted: `tune.lora`.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Show every resolved value with the file it came from."""
+    from stages.operate.config import show
+
+    show(key, as_json)
+
+
+@app.command()
+def summary(as_json: Json = False) -> None:
+    """Show what the last `dvc repro` made: scores, verdict, artefacts, answers, time, and the next command."""
+    from stages.operate.summary import show
+
+    show(as_json)
+
+
+def main() -> None:
+    """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
+    try:
+        if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and not Path("conf/config.yaml").exists():
+            raise ConfigError(f"{Path.cwd()} holds no conf/config.yaml", "run `trunkline` in the root of a Trunkline checkout")
+        app()
+    except TrunklineError as error:
+        typer.echo(f"trunkline: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

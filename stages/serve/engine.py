@@ -1,0 +1,98 @@
+"""The one interface through which every model is asked, in evaluate, redteam and production.
+
+A prompt is a list of token ids. `generate` and `score` keep the order of what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from conf.errors import ModelError
+from conf.schema import EngineSettings
+from stages.serve.chat import Chat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to generate."""
+
+    max_tokens: int
+    """Most tokens to generate."""
+    temperature: float = 0.0
+    """0: always the most likely token."""
+    top_p: float = 1.0
+    """Nucleus: smallest set of tokens with this share of the probability."""
+    seed: int | None = None
+    """Of the sampling; null: any."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One answer."""
+
+    tokens: list[int]
+    """Generated ids, without the end token."""
+    text: str
+    """Decoded, cut before the first stop text."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the end token or a stop text; `length`: max_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely one continuation is."""
+
+    logprob: float
+    """Sum over its tokens, natural logarithm."""
+    greedy: bool
+    """Whether each of its tokens was the most likely one."""
+
+
+class Engine(Protocol):
+    """What runs a model."""
+
+    chat: Chat
+    """Tokenizer and chat template of the model."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """Answer each prompt; shared prefixes are encoded once where the engine can."""
+        ...
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
+        """Answer one prompt, piece by piece."""
+        ...
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[Score]]:
+        """For each (context, continuations): the log-likelihood of each continuation; the context is encoded once."""
+        ...
+
+    def logprobs(self, prompt: Sequence[int]) -> list[list[float]]:
+        """Log-probabilities over the whole vocabulary after each token of the prompt: shape (len(prompt), vocabulary)."""
+        ...
+
+
+def open_engine(folder: Path, settings: EngineSettings) -> Engine:
+    """Load an exported model with the engine that `conf/serve/` names.
+
+    Raises:
+        ModelError: the folder is incomplete, or the engine is not installed.
+    """
+    match settings.kind:
+        case "ctranslate2":
+            from stages.serve.engine_ctranslate2 import CTranslate2Engine
+
+            return CTranslate2Engine(folder, settings)
+        case "transformers":
+            from stages.serve.engine_transformers import TransformersEngine
+
+            return TransformersEngine(folder, settings)
+        case "vllm":
+            from stages.serve.engine_vllm import VllmEngine
+
+            return VllmEngine(folder, settings)
+    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, transformers or vllm")

@@ -1,0 +1,73 @@
+"""What several test files share: a small, whole conf/ and the places of the repository."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DIGEST = "0" * 64
+
+SMALL = {
+    "config.yaml": """
+defaults:
+  - collect: toy
+  - validate: toy
+  - select: toy
+  - tune: sft
+  - evaluate: toy
+  - redteam: toy
+  - gate: toy
+  - package: toy
+  - experiment: default   # the selected one
+  - _self_
+""",
+    "collect/toy.yaml": f"""
+datasets:
+  rows: {{origin: {{kind: files, path: data/raw/rows.jsonl, sha256: "{DIGEST}", licence: Apache-2.0, classification: public}}, use: train}}
+  bad: {{origin: {{kind: files, path: data/raw/bad.jsonl, sha256: "{DIGEST}", licence: Apache-2.0, classification: public}}, use: attack}}
+  good: {{origin: {{kind: files, path: data/raw/good.jsonl, sha256: "{DIGEST}", licence: Apache-2.0, classification: public}}, use: benign}}
+policy:
+  training: {{classifications: [public], licences: [Apache-2.0]}}
+  evaluation: {{classifications: [public], licences: [Apache-2.0]}}
+  serving: {{classifications: [public], licences: [Apache-2.0]}}
+""",
+    "validate/toy.yaml": "expectations:\n  rows: {expect: expect_table_row_count_to_be_between, kwargs: {min_value: 1}}\n",
+    "select/toy.yaml": "candidates:\n  made: {kind: made, licence: Apache-2.0}\nlimits: {licences: [Apache-2.0]}\npolicy: ${collect.policy}\n",
+    "tune/sft.yaml": "steps: 10\n",
+    "tune/lora.yaml": "steps: 20\nlora:\n  rank: 4\n",
+    "evaluate/toy.yaml": "tasks:\n  intent: {phrasings: [intent], metric: exact_match}\n",
+    "redteam/toy.yaml": "attacks: [bad]\nbenign: [good]\nholdout: []\n",
+    "gate/toy.yaml": "absolute:\n  right: {metric: evaluate.intent, direction: at_least, limit: 0.5}\n",
+    "package/toy.yaml": "licence: Apache-2.0\ndescription: A toy.\nintended_use: Tests.\nlimitations: All.\n",
+    "experiment/default.yaml": "# @package _global_\ntune:\n  seed: 7\n",
+    "experiment/adapter.yaml": "# @package _global_\ndefaults:\n  - override /tune: lora\n",
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A checkout with the real conf/*.py and a small set of YAML files; returns its root."""
+    conf = tmp_path / "conf"
+    conf.mkdir()
+    for file in (ROOT / "conf").glob("*.py"):
+        shutil.copy(file, conf)
+    for name, text in SMALL.items():
+        (conf / name).parent.mkdir(exist_ok=True)
+        (conf / name).write_text(text.lstrip(), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def python(small: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m …` in the small checkout."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=small, capture_output=True, text=True, check=False)
+
+    return call
