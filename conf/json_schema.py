@@ -64,6 +64,6 @@ def _sparse(node: Any) -> Any:
 
 def _or_interpolation(node: dict[str, Any]) -> dict[str, Any]:
     """The node, or `${…}`; its description and default stay outside."""
-    outside = {key: node[key] for key in ("description", "default") if key in node}
+    outside: dict[str, Any] = {key: node[key] for key in ("description", "default") if key in node}
     inside = {key: value for key, value in node.items() if key not in outside}
     return {**outside, "anyOf": [inside, INTERPOLATION]}

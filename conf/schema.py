@@ -45,7 +45,7 @@ class FilesSource(Source):
     """Local files of this repository."""
 
     kind: Literal["files"]
-    """A path or glob inside the repository, best under `data/raw/`, which DVC watches."""
+    """A path or glob inside the repository, best under `data/raw/`, which DVC watches; hidden files are left out."""
     path: Text
     """Path or glob, relative to the repository root. It may not climb out of it."""
     sha256: Sha256
@@ -151,10 +151,11 @@ class Dataset:
     `benchmark`: rows of a general-ability task; `attack` and `benign`: prompts for redteam. The purpose that the access
     policy checks is training for `train` and `corpus`, evaluation for the rest."""
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "markdown", "text", "lines", "html"] = "auto"
-    """How to read it; `auto` goes by the file name. `text`, `markdown` and `html`: one row per file (html: one per
-    element of `rows_at`, if set); `lines`: one row per line; `json`: an array, or the value under `rows_at`."""
+    """How to read it; `auto` goes by the file name (`.gz`, `.bz2`, `.xz` and `.zst` are unpacked). `text`, `markdown` and `html`:
+    one row per file (html: one per element of `rows_at`, if set; markdown: its front matter gives columns); `lines`: one row
+    per line; `json`: an array, or the value under `rows_at`. A row that is a bare string is its `text`."""
     rows_at: str | None = None
-    """`html`: CSS selector of one row. `json`: dotted key of the array. null: the whole file."""
+    """`html`: CSS selector of one row. `json`: dotted key of the array, in which `*` takes every key. null: the whole file."""
     fields: dict[Literal["id", "text", "completion", "label", "group"], str] = Field(default_factory=dict)
     """Record field -> column of the source (html: CSS selector, `selector@attribute` for an attribute). A field not
     named here is taken from the column of its own name, if there is one; other columns are kept in `meta`."""
@@ -255,7 +256,8 @@ class MinHash:
 
 @dataclass(config=STRICT, kw_only=True)
 class Deduplicate:
-    """Remove repeats; the first row by id stays."""
+    """Remove repeats; the first row by source and id stays, and a row of `use: test` before any that trains. Rows of `use: test`
+    are never dropped as repeats: what measures is not thinned out."""
 
     exact: bool = True
     """Same text after normalisation and case folding."""
@@ -265,25 +267,28 @@ class Deduplicate:
 
 PiiKind = Literal["email", "phone", "iban", "card", "ip", "crypto", "us_ssn", "uk_nhs", "url", "national_id"]
 
+RowField = Literal["text", "completion", "label", "group"]
+PERSONAL: tuple[PiiKind, ...] = ("email", "phone", "iban", "card", "ip")
+
 
 @dataclass(config=STRICT, kw_only=True)
 class Pii:
-    """Personal data in `text` and `completion`."""
+    """Personal data in `text` and `completion`; the texts of `meta` and of dropped rows are redacted too, and a `group` becomes a digest."""
 
     action: Literal["redact", "drop", "off"] = "redact"
     """`redact` writes `<EMAIL>` and so on in its place; `drop` drops the row with the kind as its reason."""
-    kinds: list[PiiKind] = Field(default_factory=lambda: ["email", "phone", "iban", "card", "ip"])
-    """What to look for. Cards (Luhn) and IBANs (mod 97) count only with a right checksum."""
+    kinds: list[PiiKind] = Field(default_factory=lambda: list(PERSONAL))
+    """What to look for. Cards (Luhn), IBANs (mod 97), `crypto` and identity numbers count only with right check digits."""
     phone_regions: list[Annotated[str, Field(pattern=r"^[A-Z]{2}$")]] = Field(default_factory=lambda: ["US", "GB", "DE"])
-    """Countries whose national number formats are recognised without a leading +."""
+    """Countries whose national forms of telephone numbers are recognised without a leading +, and whose `national_id` count."""
 
 
 @dataclass(config=STRICT, kw_only=True)
 class Decontaminate:
-    """Drop training rows that repeat an evaluation row."""
+    """Drop training rows and corpus documents that repeat an evaluation row (`use: benchmark`, and all test rows)."""
 
     ngram: Count = 8
-    """Words in the compared n-gram; a shorter evaluation text is compared whole."""
+    """Words in the compared n-gram; a shorter text is compared whole."""
     max_overlap: Share = 0.5
     """Largest share of a training row's n-grams that may occur in one evaluation set."""
 
@@ -297,7 +302,8 @@ class Split:
     test: Share = 0.15
     """Share of the rows, in expectation; 0 when every test row comes from a source with `use: test`."""
     by: Literal["id", "group"] = "id"
-    """`group`: all rows with the same `group` go to the same side (one customer, one thread)."""
+    """`group`: all rows with the same `group` go to the same side (one customer, one thread); a row without one goes by its id,
+    and one whose group is in a source of `use: test` is dropped."""
     salt: str = "trunkline"
     """Changes the assignment. Never change it under a champion."""
 
@@ -311,7 +317,7 @@ class Chat:
     """How a row becomes a conversation. Jinja over the record's fields (`id text completion label group meta`)."""
 
     system: str | None = None
-    """System prompt. null: the default one of the base's own chat template, if it has one."""
+    """System prompt, as it is. null: the default one of the base's own chat template, if it has one."""
     prompt: Text = "{{ text }}"
     """What the user says."""
     completion: Text = "{{ completion }}"
@@ -319,21 +325,35 @@ class Chat:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class Slurm:
+    """What a Slurm cluster wants to know. The checkout, `.dvc/tmp` included, lies on a file system that all nodes see."""
+
+    partition: Text
+    """Where the tasks run."""
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")] = "01:00:00"
+    """Longest time of a task, `[days-]hours:minutes:seconds`."""
+    qos: Text = "normal"
+    """Quality of service."""
+    memory_gb: Count = 4
+    """Memory of a task, in GB."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Preprocess:
     """Clean, deduplicate, redact, decontaminate, split and format; keep every dropped row with its reason."""
 
     executor: Literal["local", "ray", "slurm"] = "local"
-    """Where datatrove runs the tasks."""
+    """Where datatrove runs the tasks: here, on the Ray cluster that RAY_ADDRESS names, or on Slurm."""
+    slurm: Slurm | None = None
+    """What Slurm wants to know; needed with `executor: slurm`."""
     workers: Count = 1
     """Processes at a time. The output does not depend on it."""
     shards: Count = 4
     """Pieces the input is cut into: at least `workers`; more use less memory each."""
     normalise: Normalise = Field(default_factory=Normalise)
     """Unicode, mojibake, whitespace."""
-    missing: dict[Literal["text", "completion", "label", "group"], Missing] = Field(
-        default_factory=lambda: {"text": Missing(action="drop")}
-    )
-    """Field -> what to do where it is empty. A field not named may be empty."""
+    missing: dict[RowField, Missing] = Field(default_factory=lambda: dict[RowField, Missing]({"text": Missing(action="drop")}))
+    """Field -> what to do where it is empty. A field not named may be empty. Documents (`use: corpus`) are asked for `text` alone."""
     filters: Filters = Field(default_factory=Filters)
     """Quality and length."""
     deduplicate: Deduplicate = Field(default_factory=Deduplicate)
@@ -348,6 +368,8 @@ class Preprocess:
     """Conversation format."""
 
     def __post_init__(self) -> None:
+        if (self.executor == "slurm") != (self.slurm is not None):
+            raise ValueError(f"slurm goes with executor=slurm, and only with it; executor={self.executor}")
         if self.shards < self.workers:
             raise ValueError(f"shards={self.shards} is fewer than workers={self.workers}: some would have no work")
 
@@ -364,8 +386,11 @@ class Expectation:
     table: Literal["train", "validation", "test", "corpus", "rows"] = "rows"
     """Which rows: one split, the `corpus` of documents, or all supervised `rows` together."""
     kwargs: dict[str, JsonValue] = Field(default_factory=dict)
-    """Its arguments. Besides the record's fields there are the columns `split`, `tokens` (of the formatted conversation, in
-    words and punctuation marks), `pii` (kinds still found, comma separated), `overlap` (rows of another split with the same text)."""
+    """Its arguments. An empty field of a record is null. `messages` is the roles, comma separated. Further columns: `split`;
+    `tokens` and `completion_tokens` (words and punctuation marks of the conversation, of the completion); `overlap` (rows of
+    another split with the same text, whatever its case, blanks and punctuation); `label_share` (share of the split's rows that
+    have the row's label); and where an argument names them, `pii` (kinds of `preprocess.pii` still found, comma separated)
+    and `meta.<name>`."""
     why: str = ""
     """What breaks when it does not hold; printed with the failure."""
 
@@ -424,9 +449,8 @@ class Pretrained:
     parameters: Count
     """Stated size; checked against the weights once they are here."""
     bytes: Count
-    """Stated download size in bytes: the size limit is applied before anything is fetched."""
-    lora_targets: list[str] = Field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    """Names of the linear layers, for reference by `tune.lora.targets`."""
+    """Stated size in bytes, downloaded or unpacked, whichever is more: the limit is applied to it before anything is fetched,
+    and a source that is larger stops the run."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -467,7 +491,8 @@ class Limits:
     max_bytes: Count | None = None
     """Largest download, in bytes; null: any."""
     max_memory: Count | None = None
-    """Largest memory to tune it, in bytes, estimated from parameters; null: any."""
+    """Largest memory to tune it, in bytes, estimated as 16 per parameter (all weights in float32 with gradients and AdamW's two
+    moments; LoRA needs a quarter or less); null: any."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -500,6 +525,10 @@ class Select:
     """Type the chosen weights are stored in."""
     threads: Count = 2
     """CPU threads."""
+    retries: Natural = 4
+    """Further attempts after a failed download, with exponential backoff."""
+    timeout: Positive = 60.0
+    """Seconds without a byte before an attempt counts as failed."""
 
     def __post_init__(self) -> None:
         if self.prefer is not None and self.prefer not in self.candidates:
@@ -696,7 +725,7 @@ class Evaluate:
     tasks: dict[Name, Task]
     """Name -> task."""
     base: bool = True
-    """Measure the untuned base too, exported in the same way, so that the gain is a fact."""
+    """Measure the untuned base too, exported in the same way, so that the gain is a fact; each task in its first phrasing."""
     bootstrap: Natural = 1000
     """Resamples for the standard errors of metrics without a closed form."""
     seed: Natural = 0
@@ -765,7 +794,8 @@ class Relative:
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Largest loss that is still acceptable, in the metric's unit."""
     test: Literal["mcnemar", "bootstrap"] = "mcnemar"
-    """`mcnemar`: exact, for right/wrong metrics. `bootstrap`: paired, for the rest."""
+    """`mcnemar`: exact, for right/wrong metrics. `bootstrap`: paired, for the rest, and in McNemar's place where a task has
+    several phrasings: a row's score is their mean, since they share its luck."""
 
 
 @dataclass(config=STRICT, kw_only=True)

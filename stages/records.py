@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -43,8 +43,8 @@ class Record:
     """The source's other columns."""
 
     def row(self) -> dict[str, Any]:
-        """The record as a JSON object."""
-        return asdict(self)
+        """The record as a JSON object; nested values are shared, not copied."""
+        return dict(vars(self))
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -38,7 +38,8 @@ def run(main: Callable[[], None]) -> None:
 
     console = Console(stderr=True)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False, show_time=False)])
-    logging.getLogger("stages").setLevel(logging.INFO)
+    for name in ("stages", "__main__"):  # a stage's own module is __main__ here
+        logging.getLogger(name).setLevel(logging.INFO)
     stage = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("stages.") if "-m" in sys.orig_argv else "stage"
     started = time.monotonic()
     try:

@@ -157,7 +157,7 @@ def test_composing_imports_only_what_is_light() -> None:
     loaded = set(done.stdout.split())
     assert loaded & heavy == set()
     third_party = {n for n in loaded if n not in sys.stdlib_module_names and not n.startswith("_")}
-    allowed = {"conf", "hydra", "omegaconf", "antlr4", "yaml", "ruamel", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "packaging"}
+    allowed = {"conf", "hydra", "attr", "cython_runtime", "omegaconf", "antlr4", "yaml", "ruamel", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "packaging"}
     assert third_party - allowed - {n for n in third_party if n.startswith(("__editable__", "distutils", "sitecustomize", "zope", "google", "mpl", "a1_", "pkg_resources", "setuptools"))} == set()
 
 

@@ -1,0 +1,132 @@
+"""`trunkline summary`: what the last `dvc repro` made, from its outputs and the cost record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TypedDict
+
+from conf.errors import DataError
+from stages.files import read_json, sha256
+from stages.run import COSTS
+
+SCORES = Path("models/evaluate/scores.json")
+ANSWERS = Path("models/evaluate/answers.json")
+VERDICT = Path("models/gate/verdict.json")
+ATTACKS = Path("models/redteam/result.json")
+ENGINE = Path("models/export/engine")
+BENTO = Path("models/package")
+STAGES = ("compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package")
+
+
+class Cost(TypedDict):
+    """The last recorded run of a stage."""
+
+    stage: str
+    seconds: float
+    peak_bytes: int
+
+
+class Summary(TypedDict):
+    """What `--json` prints."""
+
+    scores: dict[str, Any]
+    attacks: dict[str, Any]
+    verdict: dict[str, Any]
+    answers: list[dict[str, str]]
+    costs: list[Cost]
+    made: dict[str, int]
+    next: str
+
+
+def costs(path: Path = COSTS) -> list[Cost]:
+    """The last recorded run of each stage, in pipeline order."""
+    if not path.exists():
+        return []
+    last: dict[str, Cost] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        last[row["stage"]] = Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"])
+    return [last[stage] for stage in STAGES if stage in last]
+
+
+def gather() -> Summary:
+    """Read everything the summary shows.
+
+    Raises:
+        DataError: the pipeline has not come as far as its verdict, or what lies there is of an earlier model.
+    """
+    if not VERDICT.exists() or not ENGINE.exists():
+        raise DataError("there is no verdict yet: models/gate/verdict.json is missing", "run `make` (or `dvc repro`)")
+    verdict = read_json(VERDICT)
+    if verdict["digest"] != sha256(ENGINE):
+        raise DataError("the verdict is of another model than models/export holds", "the last run stopped before the gate; run `dvc repro`")
+    promoted = bool(verdict["promote"]) and BENTO.exists()
+    made = {str(p): sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in (Path("models/tune"), ENGINE, *([BENTO] if promoted else []))}
+    return Summary(
+        scores=read_json(SCORES)["tasks"],
+        attacks=read_json(ATTACKS),
+        verdict=verdict,
+        answers=read_json(ANSWERS)[:3],
+        costs=costs(),
+        made=made,
+        next="make serve" if promoted else "trunkline config gate  (the limits that held it)",
+    )
+
+
+def show(as_json: bool = False) -> None:
+    """Print the summary."""
+    summary = gather()
+    if as_json:
+        sys.stdout.write(json.dumps(summary, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    table = Table(title="Scores", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("task", "base", "tuned", "± s.e.", "spread over phrasings", "rows"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for name, score in summary["scores"].items():
+        base = (score.get("base") or {}).get("score")
+        table.add_row(name, number(base), number(score["score"]), number(score["stderr"]), number(score["spread"]), str(score["n"]))
+    console.print(table)
+
+    table = Table(title="Rules of the gate", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("rule", "metric", "value", "limit", ""):
+        table.add_column(column, justify="right" if column in {"value", "limit"} else "left")
+    signs = {"at_least": "≥", "at_most": "≤"}
+    for rule in summary["verdict"]["rules"]:
+        mark = "[green]passed[/]" if rule["passed"] else "[bold red]failed[/]"
+        table.add_row(rule["name"], rule["metric"], number(rule["value"]), f"{signs[rule['direction']]} {rule['limit']:g}", mark)
+    console.print(table)
+
+    outcome = summary["verdict"]["outcome"]
+    console.print(f"Verdict: [bold {'green' if summary['verdict']['promote'] else 'red'}]{outcome}[/]")
+    for reason in summary["verdict"]["reasons"]:
+        console.print(f"  {reason}", markup=False)
+
+    console.print("\nThree answers")
+    for answer in summary["answers"]:
+        console.print(f"  [dim]customer[/] {escape(' '.join(answer['prompt'].split()))}")
+        console.print(f"  [dim]base    [/] {escape(' / '.join(answer['base'].split(chr(10))))}")
+        console.print(f"  [dim]tuned   [/] {escape(' / '.join(answer['tuned'].split(chr(10))))}\n")
+
+    table = Table(title="Time and memory of each stage, when it last ran", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("stage", "seconds", "peak memory"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for cost in summary["costs"]:
+        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("together", f"{sum(cost['seconds'] for cost in summary['costs']):.1f}", "")
+    console.print(table)
+
+    for path, size in summary["made"].items():
+        console.print(f"  {path}  {size / 2**20:,.1f} MiB")
+    console.print(f"\nNext: [bold]{summary['next']}[/]")
