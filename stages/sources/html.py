@@ -1,0 +1,59 @@
+"""Rows of a web page: elements by CSS selector, and their texts as a reader sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from conf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bs4 import Tag
+
+BLOCKS = ["address", "article", "blockquote", "br", "dd", "div", "dl", "dt", "figcaption", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header",
+          "hr", "li", "main", "nav", "ol", "p", "pre", "section", "table", "td", "th", "tr", "ul"]
+UNSEEN = ["script", "style", "template", "noscript", "head"]
+
+
+def seen_text(element: Tag) -> str:
+    """The element's text: a line per block, blanks collapsed, without scripts and styles."""
+    lines = (" ".join(line.split()) for line in element.get_text().split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def value(element: Tag, selector: str) -> str:
+    """Text of the first element that matches, or its attribute (`selector@attribute`, `@attribute`: the row's own); none: empty."""
+    path, _, attribute = selector.partition("@")
+    found = element.select_one(path) if path.strip() else element
+    if found is None:
+        return ""
+    if not attribute:
+        return seen_text(found)
+    held = found.get(attribute) or ""
+    return held if isinstance(held, str) else " ".join(held)
+
+
+def html_rows(name: str, page: str, rows_at: str | None, fields: dict[str, str]) -> Iterator[dict[str, object]]:
+    """Yield one row per element of `rows_at` (null: the page), with the values of the fields' selectors, or its whole text.
+
+    Raises:
+        ConfigError: a selector is no CSS.
+    """
+    from bs4 import BeautifulSoup
+    from soupsieve import SelectorSyntaxError
+
+    soup = BeautifulSoup(page, "html.parser")
+    title = soup.title.get_text(strip=True) if soup.title else ""
+    for element in soup.find_all(UNSEEN):
+        element.decompose()
+    for text in soup.find_all(string=True):
+        if "\n" in text and not text.find_parent("pre"):
+            text.replace_with(type(text)(text.replace("\n", " ")))  # a line break in the source is a blank to a reader
+    for block in soup.find_all(BLOCKS):
+        block.insert_before("\n")
+        block.append("\n")
+    try:
+        for element in soup.select(rows_at) if rows_at else [soup]:
+            yield {"text": seen_text(element), **{field: value(element, selector) for field, selector in fields.items()}, "title": title}
+    except SelectorSyntaxError as error:
+        raise ConfigError(f"{name}: a selector of `rows_at` or `fields` is no CSS: {str(error).splitlines()[0]}", "correct the selector") from error

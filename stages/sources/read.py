@@ -1,0 +1,246 @@
+"""Rows of a fetched file, whatever its format: streamed where the format allows it, and refused where a byte is wrong."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn
+
+from conf.errors import ConfigError, DataError
+from conf.schema import Dataset
+from stages.files import canonical
+from stages.sources.html import html_rows
+from stages.sources.plain import as_text, plain
+from stages.sources.text import COMPRESSED, File
+
+FIELDS = ("id", "text", "completion", "label", "group")
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".md": "markdown",
+            ".markdown": "markdown", ".txt": "text", ".text": "text", ".html": "html", ".htm": "html"}
+
+Columns = dict[str, object]
+Located = Iterator[tuple[str, Columns]]
+"""Rows with the place of each, as `file:line`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a source."""
+
+    where: str
+    """File and line, for messages."""
+    fields: dict[str, str]
+    """The record's fields that the source has."""
+    meta: Columns
+    """Its other columns."""
+    digest: str
+    """sha256 of the content."""
+
+
+def format_of(dataset: Dataset, name: str) -> str:
+    """The format of a file: what `conf/` says, or what its name says.
+
+    Raises:
+        ConfigError: neither says it.
+    """
+    if dataset.format != "auto":
+        return dataset.format
+    if dataset.origin.kind in ("sql", "feedback"):
+        return "jsonl"
+    path = Path(name[: -len(Path(name).suffix)] if name.lower().endswith(tuple(COMPRESSED)) else name)
+    found = SUFFIXES.get(path.suffix.lower())
+    if found is None:
+        raise ConfigError(f"{name}: the name does not tell the format", f"set `format` to one of {', '.join(sorted(set(SUFFIXES.values())))} or lines")
+    return found
+
+
+def parse(file: File, text: str, line: int) -> object:
+    """JSON without NaN."""
+
+    def refuse(number: str) -> NoReturn:
+        raise ValueError(f"{number} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.name}:{line}: no JSON: {error}", "mend the line; a file that was cut short ends like this") from error
+
+
+def columns(file: File, value: object, where: str) -> Columns:
+    """A JSON value as a row: an object is one, a text is its `text`."""
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a {type(value).__name__}, neither an object nor a text", "check `format` and `rows_at`")
+    return value
+
+
+def jsonl_rows(file: File) -> Located:
+    """One JSON object or text per line."""
+    for number, line in file.lines():
+        if line.strip():
+            where = f"{file.name}:{number}"
+            yield where, columns(file, parse(file, line, number), where)
+
+
+def at(file: File, value: object, path: list[str], done: str = "") -> Iterator[object]:
+    """The items under a dotted key; `*` takes every key."""
+    if not path:
+        if not isinstance(value, list):
+            keys = f"; it has the keys {', '.join(value)}" if isinstance(value, dict) else ""
+            raise DataError(f"{file.name}: {done or 'the file'} is no array of rows", f"set `rows_at` to the key of one{keys}")
+        yield from value
+        return
+    head, *rest = path
+    if not isinstance(value, dict) or (head != "*" and head not in value):
+        keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
+        raise DataError(f"{file.name}: nothing at rows_at={file.dataset.rows_at}", f"{done or 'at the top'} {keys}")
+    for key in value if head == "*" else [head]:
+        yield from at(file, value[key], rest, f"{done}.{key}".lstrip("."))
+
+
+def json_rows(file: File) -> Located:
+    """An array of objects or texts, or the one under `rows_at`."""
+    value = parse(file, file.text(file.max_bytes), 1)
+    path = file.dataset.rows_at.split(".") if file.dataset.rows_at else []
+    for number, item in enumerate(at(file, value, path), 1):
+        where = f"{file.name}: item {number}"
+        yield where, columns(file, item, where)
+
+
+def csv_rows(file: File) -> Located:
+    """Comma-separated (.tsv: tab-separated) values under a header."""
+    spent, line = 0, 0
+
+    def feed() -> Iterator[str]:
+        nonlocal spent, line
+        for line, text in file.lines():
+            spent += len(text)
+            if spent > file.max_row_bytes:
+                file.too_long(line)
+            yield text
+
+    csv.field_size_limit(file.max_row_bytes)
+    reader = csv.reader(feed(), delimiter="\t" if ".tsv" in Path(file.name).suffixes else ",", strict=True)
+    header: list[str] = []
+    try:
+        for values in reader:
+            where, spent = f"{file.name}:{line}", 0
+            if not header:
+                header = values
+                if len(set(header)) < len(header):
+                    raise DataError(f"{where}: the header names a column twice: {', '.join(header)}", "rename one of them")
+            elif len(values) > len(header):
+                raise DataError(f"{where}: {len(values)} values under {len(header)} columns", "quote the values that hold a comma")
+            elif values:
+                yield where, dict(zip(header, values, strict=False))
+    except csv.Error as error:
+        raise DataError(f"{file.name}:{line}: no CSV: {error}", "mend the quotes; a file that was cut short ends like this") from error
+
+
+def parquet_rows(file: File) -> Located:
+    """Parquet, a thousand rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file.path) as table:
+            if sum(table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)) > file.max_bytes:
+                file.too_large()
+            number = 0
+            for batch in table.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}: row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.name}: no Parquet: {error}", "the file is damaged or cut short, or `format` is wrong") from error
+
+
+def lines_rows(file: File) -> Located:
+    """One text per line; empty lines are left out."""
+    for number, line in file.lines():
+        if line.strip():
+            yield f"{file.name}:{number}", {"text": line.rstrip("\r\n")}
+
+
+def text_rows(file: File) -> Located:
+    """The whole file as one text."""
+    yield file.name, {"text": file.text(file.max_row_bytes), "file": file.name}
+
+
+def markdown_rows(file: File) -> Located:
+    """The whole file as one text; a YAML front matter gives columns."""
+    text = file.text(file.max_row_bytes)
+    front: object = {}
+    head, mark, body = text.removeprefix("---\n").partition("\n---\n")
+    if text.startswith("---\n") and mark:
+        from ruamel.yaml import YAML
+        from ruamel.yaml.error import YAMLError
+
+        try:
+            front = YAML(typ="safe", pure=True).load(head)
+        except YAMLError as error:
+            raise DataError(f"{file.name}:1: the front matter is no YAML: {error}", "mend it, or remove it") from error
+        text = body
+    if not isinstance(front, dict):
+        raise DataError(f"{file.name}:1: the front matter is a {type(front).__name__}, not `key: value` lines", "mend it, or remove it")
+    yield file.name, {**front, "text": text.strip("\n"), "file": file.name}
+
+
+def page_rows(file: File) -> Located:
+    """One row per page, or per element of `rows_at`."""
+    page = file.text(file.max_bytes if file.dataset.rows_at else file.max_row_bytes)
+    for number, row in enumerate(html_rows(file.name, page, file.dataset.rows_at, file.mapping), 1):
+        yield f"{file.name}: element {number}", {**row, "file": file.name}
+
+
+READERS: dict[str, Callable[[File], Located]] = {
+    "jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "parquet": parquet_rows,
+    "lines": lines_rows, "text": text_rows, "markdown": markdown_rows, "html": page_rows,
+}
+
+
+def row(file: File, where: str, found: Columns, mapping: dict[str, str]) -> Row:
+    """Sort a row's columns into the record's fields and the rest, as plain JSON values."""
+    values = {str(name): plain(value, f"{where}, column {name}") for name, value in found.items()}
+    content = canonical(values, indent=None).encode()
+    if len(content) > file.max_row_bytes:
+        raise DataError(f"{where}: a row longer than collect.max_row_bytes={file.max_row_bytes}", "it is probably a broken file; raise the limit if it is not")
+    source = {field: mapping.get(field, field) for field in FIELDS}
+    return Row(
+        where=where,
+        fields={field: as_text(values[column]) for field, column in source.items() if column in values},
+        meta={name: value for name, value in values.items() if name not in source.values()},
+        digest=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def located(files: list[File]) -> Iterator[tuple[File, dict[str, str], str, Columns]]:
+    """Every row of the files, with its file, that file's field -> column, and its place."""
+    for file in files:
+        kind = format_of(file.dataset, file.name)
+        mapping = {} if kind == "html" else file.mapping  # html's selectors have done it
+        for where, found in READERS[kind](file):
+            yield file, mapping, where, found
+
+
+def read(files: list[File]) -> Iterator[Row]:
+    """Yield the rows of a dataset's files, in their order, up to its `limit`.
+
+    Raises:
+        DataError: a row is damaged, or no row has a column that `fields` names; names file and line.
+        ConfigError: the format or encoding is unknown.
+    """
+    seen: set[str] = set()
+    sought: dict[str, str] = {}
+    for file, mapping, where, found in islice(located(files), files[0].dataset.limit):
+        sought |= {"text": "text"} | mapping
+        seen |= found.keys()
+        yield row(file, where, found, mapping)
+    missing = sorted(f"{field}: {column}" for field, column in sought.items() if column not in seen)
+    if missing and seen:
+        raise DataError(f"{files[0].name}: no column for fields.{', fields.'.join(missing)}", f"name one of its columns: {', '.join(sorted(seen))}")
