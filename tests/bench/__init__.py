@@ -1,0 +1,1 @@
+"""Measurements that are no tests: each is run as a module and prints a table."""
