@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.serve.chat import Chat
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class Engine(Protocol):
         """For each (context, continuations): the log-likelihood of each continuation; the context is encoded once."""
         ...
 
-    def logprobs(self, prompt: Sequence[int]) -> list[list[float]]:
+    def logprobs(self, prompt: Sequence[int]) -> NDArray[np.float32]:
         """Log-probabilities over the whole vocabulary after each token of the prompt: shape (len(prompt), vocabulary)."""
         ...
 

@@ -1,0 +1,60 @@
+"""Tokens into text as they come: no half characters, nothing from the first stop text on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stages.serve.chat import Chat
+
+BROKEN = "\ufffd"
+
+
+class TextStream:
+    """The text of a growing list of tokens.
+
+    Attributes:
+        tokens: what was pushed.
+        stopped: a stop text has come; further tokens are ignored.
+    """
+
+    def __init__(self, chat: Chat, stop: Sequence[str] = ()) -> None:
+        """Args: stop: texts that end the answer; empty ones are ignored."""
+        self._chat, self._stop = chat, tuple(s for s in stop if s)
+        self._given = 0
+        self.tokens: list[int] = []
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text so far, cut before the first stop text."""
+        return cut(self._chat.decode(self.tokens), self._stop)[0]
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that is now certain, which may be empty."""
+        if self.stopped:
+            return ""
+        self.tokens.append(token)
+        text, self.stopped = cut(self._chat.decode(self.tokens), self._stop)
+        return self._release(text if self.stopped else text[: len(text) - _uncertain(text, self._stop)])
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        return self._release(self.text)
+
+    def _release(self, text: str) -> str:
+        piece = text[self._given :]
+        self._given = max(self._given, len(text))
+        return piece
+
+
+def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the earliest stop text, and whether there was one."""
+    found = [at for s in stop if s and (at := text.find(s)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def _uncertain(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may still change: a half character, or the beginning of a stop text."""
+    broken = len(text) - len(text.rstrip(BROKEN))
+    begun = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return max(broken, begun)

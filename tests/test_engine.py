@@ -1,0 +1,250 @@
+"""The engines against each other, on a small random Llama: the reference decides."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conf.errors import ModelError
+from conf.schema import EngineSettings
+from stages.convert import to_ctranslate2
+from stages.serve.engine import Engine, Sampling, open_engine
+from stages.serve.engine_ctranslate2 import CTranslate2Engine, _forced_is_cheaper, common_prefix
+from stages.serve.engine_transformers import TransformersEngine
+from stages.serve.text import TextStream, cut
+from tests.models import tiny_llama
+
+PROMPT = "<|im_start|>user\nwhere is my order<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> TransformersEngine:
+    return TransformersEngine(folder, EngineSettings(kind="transformers", quantization="float32", threads=1, batch=4))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> CTranslate2Engine:
+    to_ctranslate2(folder, folder.parent / "ct2", "float32")
+    return CTranslate2Engine(folder.parent / "ct2", EngineSettings(quantization="float32", threads=1, batch=4))
+
+
+def requests(engine: Engine) -> list[tuple[list[int], list[list[int]]]]:
+    """Long contexts with many short continuations, short ones with long continuations, and the odd cases."""
+    rng, encode = random.Random(0), engine.chat.encode
+    eos = min(engine.chat.eos_ids)
+    long = encode(PROMPT * 4)
+    some: list[tuple[list[int], list[list[int]]]] = [
+        (long, [encode(t) for t in ("refund", "order status", "x", "cancel my order", "where", "size")]),
+        (encode("ab"), [[rng.randrange(4, 200) for _ in range(30)] for _ in range(2)]),
+        (long, [[5, eos, 7], [eos], [6, 7, 8, 9, 10]]),
+        ([7], [[8], [9, 10]]),
+        (long, [[], [11]]),
+        (long, []),
+    ]
+    return some
+
+
+def test_both_ways_of_scoring_are_taken() -> None:
+    assert _forced_is_cheaper(60, [3] * 12)
+    assert not _forced_is_cheaper(20, [23, 24])
+    assert not _forced_is_cheaper(60, [3])
+    assert not _forced_is_cheaper(60, [])
+
+
+def test_scores_equal_the_reference(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    asked = requests(engine)
+    for ours, theirs, (_, continuations) in zip(engine.score(asked), reference.score(asked), asked, strict=True):
+        assert len(ours) == len(theirs) == len(continuations)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+            assert a.greedy == b.greedy
+
+
+def test_shared_prefix_scores_equal_whole_ones(engine: CTranslate2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = requests(engine)
+    for choice in (True, False):
+        monkeypatch.setattr("stages.serve.engine_ctranslate2._forced_is_cheaper", lambda _, lengths, choice=choice: bool(lengths) and choice)
+        scores = engine.score(asked)
+        for (context, continuations), row in zip(asked, scores, strict=True):
+            for continuation, score in zip(continuations, row, strict=True):
+                after = engine.logprobs([*context, *continuation])[len(context) - 1 : -1] if continuation else []
+                assert score.logprob == pytest.approx(sum(float(r[t]) for r, t in zip(after, continuation, strict=True)), abs=1e-3)
+
+
+def test_the_greedy_answer_is_scored_greedy(engine: CTranslate2Engine) -> None:
+    prompt = engine.chat.encode(PROMPT)
+    answer = engine.generate([prompt], Sampling(max_tokens=6))[0].tokens
+    other = [*answer[:-1], (answer[-1] + 1) % 100]
+    assert [s.greedy for s in engine.score([(prompt, [answer, other])])[0]] == [True, False]
+
+
+def test_logprobs_equal_the_reference(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    prompt = engine.chat.encode(PROMPT)
+    ours, theirs = engine.logprobs(prompt), reference.logprobs(prompt)
+    assert ours.shape == theirs.shape == (len(prompt), engine.vocabulary)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert np.allclose(np.exp(ours).sum(axis=-1), 1, atol=1e-4)
+
+
+def prompts(engine: Engine) -> list[list[int]]:
+    texts = ["hello", "where is my order", "a", "cancel my order please now", "refund", "size of the tent", "hello"]
+    return [engine.chat.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+
+
+def test_answers_equal_the_reference(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    sampling = Sampling(max_tokens=12)
+    ours = engine.generate(prompts(engine), sampling)
+    assert ours == reference.generate(prompts(engine), sampling)
+    assert ours[0] == ours[-1] and len({a.text for a in ours}) > 2
+    assert ours == [engine.generate([p], sampling)[0] for p in prompts(engine)], "an answer depends on its batch"
+    assert engine.generate([], sampling) == []
+
+
+def test_the_end_token_ends_and_max_tokens_cuts(engine: CTranslate2Engine) -> None:
+    prompt = prompts(engine)[1]
+    whole = engine.generate([prompt], Sampling(max_tokens=12))[0]
+    assert whole.finish_reason == "length" and len(whole.tokens) == 12
+    engine._ends, engine.chat.eos_ids, kept = [whole.tokens[3]], {whole.tokens[3]}, (engine._ends, engine.chat.eos_ids)
+    try:
+        ended = engine.generate([prompt], Sampling(max_tokens=12))[0]
+    finally:
+        engine._ends, engine.chat.eos_ids = kept
+    assert ended.finish_reason == "stop" and ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[3])]
+
+
+def test_stop_texts_are_not_part_of_the_answer(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    prompt = prompts(engine)[1]
+    whole = engine.generate([prompt], Sampling(max_tokens=12))[0]
+    stop = whole.text[5:8]
+    sampling = Sampling(max_tokens=12, stop=("never there", stop))
+    ours = engine.generate([prompt, prompts(engine)[0]], sampling)[0]
+    assert ours.finish_reason == "stop" and ours.text == whole.text[: whole.text.index(stop)]
+    assert len(ours.tokens) < 12, "generation went on after the stop text"
+    assert "".join(engine.stream(prompt, sampling)) == ours.text
+    assert reference.generate([prompt], sampling)[0] == ours
+
+
+def test_stream_gives_the_answer_in_pieces(engine: CTranslate2Engine) -> None:
+    prompt, sampling = prompts(engine)[1], Sampling(max_tokens=12)
+    pieces = list(engine.stream(prompt, sampling))
+    assert len(pieces) > 3 and "".join(pieces) == engine.generate([prompt], sampling)[0].text
+
+
+def test_a_closed_stream_ends_the_generation(engine: CTranslate2Engine) -> None:
+    stream = engine.stream(prompts(engine)[1], Sampling(max_tokens=100_000))
+    next(stream)
+    stream.close()  # would take minutes if the generation went on
+
+
+@pytest.mark.parametrize("left_open", [True, False])
+def test_a_process_ends_in_peace(engine: CTranslate2Engine, left_open: bool) -> None:
+    """ctranslate2's threads abort the process if they are still at work, or still there, when Python ends."""
+    script = """import sys, pathlib
+from conf.schema import EngineSettings
+from stages.serve.engine import Sampling, open_engine
+engine = open_engine(pathlib.Path(sys.argv[1]), EngineSettings(threads=1))
+engine.score([([5, 6] * 30, [[7, 8, 9]] * 8)])
+engine.generate([[5, 6]], Sampling(max_tokens=4, stop=("never",)))
+stream = engine.stream([5, 6], Sampling(max_tokens=int(sys.argv[2])))
+next(stream)
+"""
+    command = [sys.executable, "-c", script, str(engine.chat.folder), "5000" if left_open else "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_seeded_sample_depends_on_the_seed_alone(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    prompt = prompts(engine)[1]
+
+    def sample(who: Engine, seed: int | None, temperature: float = 1.0, top_p: float = 1.0) -> str:
+        return who.generate([prompt], Sampling(max_tokens=10, temperature=temperature, top_p=top_p, seed=seed))[0].text
+
+    first = sample(engine, 1)
+    sample(engine, None)
+    assert first == sample(engine, 1) == sample(reference, 1)
+    assert len({sample(engine, seed) for seed in range(5)}) == 5
+    assert sample(engine, None) != sample(engine, None)
+    assert sample(engine, 3, top_p=1e-6) == engine.generate([prompt], Sampling(max_tokens=10))[0].text, "a tiny nucleus is the most likely token"
+
+
+def test_int8_is_close_and_repeatable(folder: Path, reference: TransformersEngine) -> None:
+    to_ctranslate2(folder, folder.parent / "int8", "int8")
+    engine = open_engine(folder.parent / "int8", EngineSettings(threads=1, batch=4))
+    prompt = prompts(engine)[1]
+    ours, theirs = engine.logprobs(prompt), reference.logprobs(prompt)
+    assert 0 < np.abs(ours - theirs).mean() < 0.2 and (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.8
+    asked = requests(engine)
+    assert engine.score(asked) == engine.score(asked)
+    assert engine.generate(prompts(engine), Sampling(max_tokens=8)) == engine.generate(prompts(engine), Sampling(max_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shared"), [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2]], 1), ([[1], [1, 2]], 0), ([[1, 2, 3]], 2), ([[2, 1], [1, 2], [1, 3]], 0)]
+)
+def test_common_prefix_leaves_a_token_to_each(tokens: Sequence[Sequence[int]], shared: int) -> None:
+    assert common_prefix(tokens) == shared
+
+
+def test_text_stream_holds_back_what_may_change(engine: CTranslate2Engine) -> None:
+    ids = engine.chat.encode("naïve €5 STOP no")
+    stream = TextStream(engine.chat, ("STOP",))
+    pieces = [stream.push(i) for i in ids] + [stream.finish()]
+    assert "".join(pieces) == "naïve €5 " and not any("\ufffd" in p or "S" in p for p in pieces) and stream.stopped
+    assert cut("abcd", ("d", "bc")) == ("a", True)
+
+
+def test_errors_name_the_file(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.bin is missing"):
+        open_engine(tmp_path, EngineSettings())
+    with pytest.raises(ModelError, match=r"no \*\.safetensors"):
+        open_engine(tmp_path, EngineSettings(kind="transformers", quantization="float32"))
+    with pytest.raises(ModelError, match="quantization=int8"):
+        open_engine(folder, EngineSettings(kind="transformers"))
+    for name in ("config.json", "vocabulary.json", "model.bin"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ModelError, match="does not load"):
+        open_engine(tmp_path, EngineSettings())
+
+
+def test_a_foreign_token_is_refused(engine: CTranslate2Engine) -> None:
+    for call in (lambda: engine.logprobs([10**6]), lambda: engine.generate([[10**6]], Sampling(max_tokens=1)), lambda: engine.score([([1], [[10**6]])])):
+        with pytest.raises(ModelError, match="vocabulary"):
+            call()
+    with pytest.raises(ModelError, match="empty context"):
+        engine.score([([], [[1]])])
+    with pytest.raises(ModelError, match="empty prompt"):
+        engine.generate([[], [1]], Sampling(max_tokens=1))
+
+
+VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.mark.skipif(VLLM, reason="vllm is installed")
+def test_without_vllm_the_error_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(ModelError, match="vllm is not installed"):
+        open_engine(folder, EngineSettings(kind="vllm", quantization="float32"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not VLLM, reason="vllm is not installed")
+def test_vllm_equals_the_reference(folder: Path, reference: TransformersEngine) -> None:
+    vllm = open_engine(folder, EngineSettings(kind="vllm", quantization="float32"))
+    assert [a.text for a in vllm.generate(prompts(vllm), Sampling(max_tokens=8))] == [a.text for a in reference.generate(prompts(vllm), Sampling(max_tokens=8))]
+    asked = [(context, [c for c in continuations if c]) for context, continuations in requests(vllm)]
+    for ours, theirs in zip(vllm.score(asked), reference.score(asked), strict=True):
+        assert [s.logprob for s in ours] == pytest.approx([s.logprob for s in theirs], abs=1e-2)
+    prompt = prompts(vllm)[1]
+    assert np.abs(vllm.logprobs(prompt) - reference.logprobs(prompt)).max() < 1e-2
