@@ -597,7 +597,8 @@ class Tune:
     completion_only: bool = True
     """Loss on the assistant's tokens alone."""
     precision: Dtype = "float32"
-    """Type of the forward and backward pass; the adapter and the optimiser stay in float32."""
+    """Type of the forward and backward pass; the adapter and the optimiser stay in float32. A CPU without instructions for
+    it uses float32, and says so."""
     threads: Count = 2
     """CPU threads."""
     seed: Natural = 0

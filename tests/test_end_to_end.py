@@ -1,0 +1,194 @@
+"""The tiny experiment by the real `dvc repro`, what a change then re-runs, what is held, and the Bento over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+EVERYTHING = ["compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package"]
+
+
+def sh(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command with this environment's programs on PATH."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
+    assert not check or done.returncode == 0, f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The stages that `dvc repro` executed."""
+    return re.findall(r"Running stage '(\w+)'", done.stdout)
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is not in {file}"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This working tree as a repository of its own, in a folder with a blank, with `tiny` run whole."""
+    folder = tmp_path_factory.mktemp("a checkout") / "trunkline"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for name in ("dvc.lock", "params.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    sh(folder, "git", "init", "-q", "-b", "main")
+    sh(folder, "git", "config", "user.email", "test@example.org")
+    sh(folder, "git", "config", "user.name", "Test")
+    sh(folder, sys.executable, "-m", "stages.operate.cli", "use", "tiny")
+    done = sh(folder, "dvc", "repro")
+    assert ran(done) == EVERYTHING
+    sh(folder, "git", "add", "-A")
+    sh(folder, "git", "commit", "-qm", "Run tiny")
+    return folder
+
+
+@pytest.fixture
+def tree(checkout: Path) -> Iterator[Path]:
+    """The checkout, put back after the test to what it was, outputs included."""
+    yield checkout
+    sh(checkout, "git", "checkout", "-q", "--", ".")
+    sh(checkout, "dvc", "checkout", "--force", "--quiet")
+
+
+def test_a_second_repro_runs_nothing(tree: Path) -> None:
+    lock = (tree / "dvc.lock").read_bytes()
+    done = sh(tree, "dvc", "repro")
+    assert ran(done) == []
+    assert (tree / "dvc.lock").read_bytes() == lock
+    assert sh(tree, "git", "status", "--porcelain").stdout == ""
+
+
+def test_the_verdict_promotes_and_the_summary_shows_it(tree: Path) -> None:
+    verdict = json.loads((tree / "models/gate/verdict.json").read_text())
+    assert verdict["promote"] is True
+    summary = json.loads(sh(tree, sys.executable, "-m", "stages.operate.cli", "summary", "--json").stdout)
+    assert len(summary["answers"]) == 3
+    assert summary["next"] == "make serve"
+    # compose is no module of stages/ and keeps no cost record
+    assert [cost["stage"] for cost in summary["costs"]] == EVERYTHING[1:]
+
+
+def test_a_gate_limit_reruns_compose_gate_and_package(tree: Path) -> None:
+    gate = tree / "conf/experiment/tiny.yaml"
+    gate.write_text(gate.read_text() + "\n", encoding="utf-8")
+    values = json.loads(sh(tree, sys.executable, "-m", "stages.operate.cli", "config", "gate.absolute", "--json").stdout)
+    key, entry = next((k, v) for k, v in values.items() if k.endswith("redteam_false_alarms.limit") or "false_alarm" in k and k.endswith(".limit"))
+    change(tree / entry["file"], f"limit: {entry['value']}", f"limit: {entry['value'] + 0.01:.2f}")
+    assert ran(sh(tree, "dvc", "repro")) == ["compose", "gate", "package"], key
+
+
+def test_the_learning_rate_runs_nothing_before_tune(tree: Path) -> None:
+    change(tree / "conf/experiment/tiny.yaml", "learning_rate:", "max_grad_norm: 0.9\n  learning_rate:")
+    assert ran(sh(tree, "dvc", "repro", "tune")) == ["compose", "tune"]
+
+
+@pytest.mark.parametrize("helper", ["stages/convert.py", "stages/statistics.py", "stages/pii.py"])
+def test_a_helper_module_reruns_exactly_its_importers(tree: Path, helper: str) -> None:
+    from tests.test_pipeline import STAGES, code
+
+    change(tree / helper, "\n\n", "\n\n# changed\n")
+    status = json.loads(sh(tree, "dvc", "status", "--json").stdout)
+    touched = {stage for stage, reasons in status.items() if any(helper in reason.get("changed deps", {}) for reason in reasons if isinstance(reason, dict))}
+    assert touched == {stage for stage in STAGES if helper in code(stage)}
+    assert set(status) == touched
+
+
+def test_a_worse_model_is_held_and_not_packaged(tree: Path) -> None:
+    change(tree / "conf/experiment/tiny.yaml", "learning_rate:", "warmup: 1.0\n  learning_rate:")
+    text = (tree / "conf/experiment/tiny.yaml").read_text()
+    (tree / "conf/experiment/tiny.yaml").write_text(re.sub(r"steps: \d+", "steps: 1", text), encoding="utf-8")
+    before = (tree / "models/package/src").stat().st_mtime
+    done = sh(tree, "dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert ran(done)[-1] == "gate"
+    assert "gate stopped" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    verdict = json.loads((tree / "models/gate/verdict.json").read_text())
+    assert (verdict["outcome"], verdict["promote"]) == ("hold", False)
+    assert any("support_intent" in reason for reason in verdict["reasons"])
+    assert (tree / "models/package/src").stat().st_mtime == before
+    summary = sh(tree, sys.executable, "-m", "stages.operate.cli", "summary")
+    assert "hold" in summary.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "stage", "reason"),
+    [
+        ("empty", "collect", "digest is not the pinned one"),
+        ("truncated", "collect", "digest is not the pinned one"),
+        ("poisoned", "validate", "labels_known"),
+    ],
+)
+def test_bad_data_is_stopped_by_the_stage_that_should_stop_it(tree: Path, damage: str, stage: str, reason: str) -> None:
+    tickets = tree / "data/raw/support/tickets.jsonl"
+    text = tickets.read_text(encoding="utf-8")
+    match damage:
+        case "empty":
+            tickets.write_text("")
+        case "truncated":
+            tickets.write_text(text[: len(text) // 2], encoding="utf-8")
+        case "poisoned":  # wrong labels, and a pinned digest that somebody updated to match
+            from stages.files import sha256
+
+            before = sha256(tickets)
+            label = json.loads(text.splitlines()[0])["intent"] or "order_status"
+            tickets.write_text(text.replace(f'"intent": "{label}"', '"intent": "send_me_money"'), encoding="utf-8")
+            change(tree / "conf/collect/support.yaml", before, sha256(tickets))
+    done = sh(tree, "dvc", "repro", check=False)
+    assert done.returncode != 0
+    assert ran(done)[-1] == stage
+    assert f"{stage} stopped" in done.stderr
+    assert reason in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_bento_answers_over_http(tree: Path) -> None:
+    from openai import OpenAI
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "BENTOML_DO_NOT_TRACK": "1"}
+    command = [sys.executable, "-m", "bentoml", "serve", str(tree / "models/package"), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=tree.parent, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        for _ in range(120):
+            assert server.poll() is None, server.stderr.read().decode() if server.stderr else ""
+            try:
+                models = client.models.list()
+                break
+            except Exception:  # noqa: BLE001 - not up yet; the loop is bounded
+                time.sleep(0.5)
+        answer = client.chat.completions.create(model=models.data[0].id, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}])
+        assert answer.choices[0].message.content
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+        verdict = json.loads((tree / "models/gate/verdict.json").read_text())
+        assert answer.system_fingerprint is not None
+        assert verdict["digest"].startswith(answer.system_fingerprint.removeprefix("fp_").removeprefix("sha256:"))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
