@@ -116,7 +116,7 @@ def compose(overrides: Sequence[str] = (), conf: Path = CONF) -> Composed:
     affected = {Path(file).parts[0] for file in broken} | {group.split("/")[0] for _, _, group, _ in bad_choices}
     everything = "experiment" in affected or "config.yaml" in affected
     plain, unresolved = _resolve(raw, origins)
-    problems += [p for p in unresolved if not everything and p.key.split(".")[0] not in affected or "interpolation" in p.message]
+    problems += [p for p in unresolved if (not everything and p.key.split(".")[0] not in affected) or "interpolation" in p.message]
     skip = {p.key for p in problems}
     try:
         config = TypeAdapter(Config).validate_json(json.dumps(plain))
@@ -168,7 +168,7 @@ def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
     for path in _files(conf):
         name = path.relative_to(conf).as_posix()
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe loader
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
@@ -186,7 +186,9 @@ def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
                 problems.append(Problem(f"conf/{name}", dotted(keys), "_target_ would let a configuration call any function; remove it"))
             for leaf in value if isinstance(value, list) else [value]:
                 if isinstance(leaf, str) and "${oc.env" in leaf.replace(" ", ""):
-                    problems.append(Problem(f"conf/{name}", dotted(keys), f"{leaf} would publish the environment in params.yaml; stages read secrets where they use them"))
+                    problems.append(
+                        Problem(f"conf/{name}", dotted(keys), f"{leaf} would publish the environment in params.yaml; stages read secrets where they use them")
+                    )
     return contents, problems, broken
 
 
@@ -317,7 +319,7 @@ def _explain(
             case "value_error":
                 for part in str(item["ctx"]["error"]).split("; "):
                     named = [dotted((*path, name)) for name in re.findall(r"[a-z_][\w.]*", part)]
-                    file = next((origins[name] for name in named if name in origins), "") or _file_of(named[0] if not key else key, origins, sources)
+                    file = next((origins[name] for name in named if name in origins), "") or _file_of(key if key else named[0], origins, sources)
                     yield Problem(file, key, part), "rule"
             case "union_tag_not_found" | "union_tag_invalid":
                 message = f"{item['msg']}" if "tag" not in item.get("ctx", {}) else f"kind={item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"

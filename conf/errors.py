@@ -1,13 +1,13 @@
 """The errors a user can cause, with what happened, the value and the remedy.
 
-    TrunklineError
-    ├── ConfigError     conf/ or params.yaml            (exit 2)
-    ├── SourceError     a source cannot be had or read  (exit 1)
-    │   ├── DigestMismatch   it is not what was pinned
-    │   └── PolicyBreach     it may not be used for this
-    ├── DataError       rows break a rule               (exit 1)
-    ├── ModelError      weights, tokenizer or engine    (exit 1)
-    └── Held            a gate says no                  (exit 1)
+TrunklineError
+├── ConfigError     conf/ or params.yaml            (exit 2)
+├── SourceError     a source cannot be had or read  (exit 1)
+│   ├── DigestMismatch   it is not what was pinned
+│   └── PolicyBreach     it may not be used for this
+├── DataError       rows break a rule               (exit 1)
+├── ModelError      weights, tokenizer or engine    (exit 1)
+└── Held            a gate says no                  (exit 1)
 """
 
 from __future__ import annotations

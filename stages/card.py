@@ -59,10 +59,7 @@ def model_card(
         ),
         "Scores": _table(
             ("task", "metric", "score", "standard error", "base", "gain", "rows"),
-            [
-                (name, t["metric"], *map(_number, (t["score"], t["stderr"], t.get("base", {}).get("score"), t.get("gain"))), t["n"])
-                for name, t in tasks.items()
-            ],
+            [(name, t["metric"], *map(_number, (t["score"], t["stderr"], t.get("base", {}).get("score"), t.get("gain"))), t["n"]) for name, t in tasks.items()],
         ),
         "Attacks": _table(
             ("measure", "value"), [(key.replace("_", " "), _number(redteam.get(key))) for key in ("attack_success", "false_alarms", "canary_leaks")]
@@ -91,6 +88,7 @@ def _number(value: object) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
+
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

@@ -38,8 +38,10 @@ def read_champion(revision: str, task: str) -> tuple[Json, list[Mapping[str, Jso
         try:
             return str(DVCFileSystem(".", rev=revision).read_text(path, encoding="utf-8"))
         except (DvcException, DataIndexDirError, SCMError, OSError, ValueError) as error:
-            raise DataError(f"{path} of the champion {revision} cannot be read: {type(error).__name__}: {error}",
-                            "`git fetch`, and `dvc fetch` or the credentials of the DVC remote; or pin another revision in gate.champion") from error
+            raise DataError(
+                f"{path} of the champion {revision} cannot be read: {type(error).__name__}: {error}",
+                "`git fetch`, and `dvc fetch` or the credentials of the DVC remote; or pin another revision in gate.champion",
+            ) from error
 
     try:
         entry = json.loads(read("models/evaluate/scores.json"))["tasks"].get(task)
@@ -77,8 +79,10 @@ def join(champion: Pairs, candidate: Pairs) -> tuple[list[float], list[float]]:
     counts = [{key: len(scores) for key, scores in of.items()} for of in (champion, candidate)]
     if counts[0] != counts[1]:
         strange = sorted(key for key in counts[0].keys() | counts[1].keys() if counts[0].get(key) != counts[1].get(key))
-        raise DataError(f"champion and candidate were asked different questions: {len(strange)} of {len(counts[0].keys() | counts[1].keys())} "
-                        f"differ, as doc_hash {strange[0][0]} in phrasing {strange[0][1]}")
+        raise DataError(
+            f"champion and candidate were asked different questions: {len(strange)} of {len(counts[0].keys() | counts[1].keys())} "
+            f"differ, as doc_hash {strange[0][0]} in phrasing {strange[0][1]}"
+        )
     hashes = sorted({doc for doc, _ in candidate})
     means = []
     for of in (champion, candidate):
@@ -126,13 +130,25 @@ def relate(rules: Mapping[str, Relative], alpha: float, weighed: Callable[[Relat
         strictest = alpha / max(len(rules), 1)
         effect, needed = found.minimum_detectable_effect(strictest), found.rows_needed(strictest, rule.margin)
         outcome = "promote" if p_fine <= alpha else "hold" if p_bad <= alpha else "inconclusive"
-        said = {"promote": "worse by less than the margin, if at all", "hold": "worse by more than the margin",
-                "inconclusive": "too few rows to tell" + (f"; about {needed} would do for an equal model" if needed and needed > found.rows else "")}[outcome]
-        entry |= {"outcome": outcome, "method": found.method, "rows": found.rows, "better": found.better, "worse": found.worse,
-                  "difference": tidy(found.difference), "p_not_worse": tidy(p_fine), "p_worse": tidy(p_bad),
-                  "minimum_detectable_effect": tidy(effect), "rows_needed": needed,
-                  "reason": f"{rule.task}: {said} (difference {found.difference:+.4f}, margin {rule.margin:g}, {found.rows} rows, of which {found.worse} "
-                            f"worse and {found.better} better; p={p_fine:.3g} after Holm; minimum detectable effect {effect:.4f})"}
+        said = {
+            "promote": "worse by less than the margin, if at all",
+            "hold": "worse by more than the margin",
+            "inconclusive": "too few rows to tell" + (f"; about {needed} would do for an equal model" if needed and needed > found.rows else ""),
+        }[outcome]
+        entry |= {
+            "outcome": outcome,
+            "method": found.method,
+            "rows": found.rows,
+            "better": found.better,
+            "worse": found.worse,
+            "difference": tidy(found.difference),
+            "p_not_worse": tidy(p_fine),
+            "p_worse": tidy(p_bad),
+            "minimum_detectable_effect": tidy(effect),
+            "rows_needed": needed,
+            "reason": f"{rule.task}: {said} (difference {found.difference:+.4f}, margin {rule.margin:g}, {found.rows} rows, of which {found.worse} "
+            f"worse and {found.better} better; p={p_fine:.3g} after Holm; minimum detectable effect {effect:.4f})",
+        }
     return entries
 
 

@@ -50,8 +50,15 @@ def records(name: str, dataset: Dataset, rows: Iterable[Row]) -> Iterator[Record
             derived[key] += 1
             own = row.digest[:32] + (f"-{derived[key]}" if derived[key] > 1 else "")
         yield Record(
-            id=own, source=name, licence=dataset.origin.licence, classification=dataset.origin.classification, meta=row.meta,
-            text=row.fields.get("text", ""), completion=row.fields.get("completion", ""), label=row.fields.get("label", ""), group=row.fields.get("group", ""),
+            id=own,
+            source=name,
+            licence=dataset.origin.licence,
+            classification=dataset.origin.classification,
+            meta=row.meta,
+            text=row.fields.get("text", ""),
+            completion=row.fields.get("completion", ""),
+            label=row.fields.get("label", ""),
+            group=row.fields.get("group", ""),
         )
 
 
@@ -72,8 +79,15 @@ def collect_one(name: str, dataset: Dataset, settings: Collect, folder: Path) ->
         raise DataError(f"{name}: {address(origin)} has no rows", "check the source, `format` and `rows_at`")
     log.info("%s: %d rows from %s", name, rows, address(origin))
     return {
-        "kind": origin.kind, "address": address(origin), "pinned": pinned(origin), "licence": origin.licence, "classification": origin.classification,
-        "use": dataset.use, "rows": rows, "sha256": listing({file.name: file.path for file in files}), "files": [file.name for file in files],
+        "kind": origin.kind,
+        "address": address(origin),
+        "pinned": pinned(origin),
+        "licence": origin.licence,
+        "classification": origin.classification,
+        "use": dataset.use,
+        "rows": rows,
+        "sha256": listing({file.name: file.path for file in files}),
+        "files": [file.name for file in files],
     }
 
 

@@ -38,8 +38,19 @@ def measure(model: EngineLM, name: str, task: Task, settings: Evaluate, phrasing
     """Phrasing -> result, of the first so many phrasings."""
     from stages.harness import run_tasks
 
-    return run_tasks(model, task.phrasings[:phrasings], task.metric, f"evaluate.tasks.{name}.phrasings", system=task.system, chat=task.chat,
-                     fewshot=task.fewshot, limit=task.limit, seed=settings.seed, bootstrap=settings.bootstrap, higher_is_better=task.higher_is_better)
+    return run_tasks(
+        model,
+        task.phrasings[:phrasings],
+        task.metric,
+        f"evaluate.tasks.{name}.phrasings",
+        system=task.system,
+        chat=task.chat,
+        fewshot=task.fewshot,
+        limit=task.limit,
+        seed=settings.seed,
+        bootstrap=settings.bootstrap,
+        higher_is_better=task.higher_is_better,
+    )
 
 
 def answers(engine: Engine, count: int, max_tokens: int) -> list[dict[str, str]]:
@@ -74,8 +85,9 @@ def base_engine(settings: EngineSettings) -> Path:
     return folder
 
 
-def measure_all(folder: Path, engine_settings: EngineSettings, settings: Evaluate, phrasings: int | None = None) -> tuple[
-        dict[str, dict[str, Result]], list[dict[str, str]]]:
+def measure_all(
+    folder: Path, engine_settings: EngineSettings, settings: Evaluate, phrasings: int | None = None
+) -> tuple[dict[str, dict[str, Result]], list[dict[str, str]]]:
     """Task -> phrasing -> result of one model, and its answers to a few rows."""
     from stages.harness import EngineLM
     from stages.serve.engine import open_engine
@@ -112,17 +124,23 @@ def main() -> None:
             rows = sample_rows(tuned[name], task, f"evaluate.tasks.{name}")
             write_jsonl(folder / "samples" / f"{name}.jsonl", rows)
             entry = average(tuned[name]) | {
-                "metric": task.metric, "higher_is_better": task.higher_is_better, "general": task.general,
+                "metric": task.metric,
+                "higher_is_better": task.higher_is_better,
+                "general": task.general,
                 "slices": slice_scores(rows) if task.slice_by else {},
-                "phrasings": {p: {"score": r.score, "stderr": r.stderr, "n": r.n} for p, r in sorted(tuned[name].items())}}
+                "phrasings": {p: {"score": r.score, "stderr": r.stderr, "n": r.n} for p, r in sorted(tuned[name].items())},
+            }
             if base:
                 entry |= against(tuned[name], base[name])
             scores[name] = entry
-        write_json(folder / "answers.json", [{"prompt": t["prompt"], "base": b.get("answer"), "tuned": t["answer"], "target": t["target"]}
-                                            for t, b in zip(said, base_said, strict=True)])
+        write_json(
+            folder / "answers.json",
+            [{"prompt": t["prompt"], "base": b.get("answer"), "tuned": t["answer"], "target": t["target"]} for t, b in zip(said, base_said, strict=True)],
+        )
         write_json(folder / "scores.json", {"tasks": scores, "digest": sha256(EXPORTED)})
 
 
 if __name__ == "__main__":
     from stages.run import run
+
     run(main)

@@ -28,8 +28,19 @@ KEYS = ["source", "id"]
 """Columns that name a row in an example."""
 LONGEST = 200
 """Characters of a value, and entries of a list, that an outcome shows."""
-HOUSEKEEPING = {"id", "meta", "notes", "result_format", "description", "catch_exceptions", "rendered_content", "windows", "batch_id", "severity",
-                "condition_parser"}
+HOUSEKEEPING = {
+    "id",
+    "meta",
+    "notes",
+    "result_format",
+    "description",
+    "catch_exceptions",
+    "rendered_content",
+    "windows",
+    "batch_id",
+    "severity",
+    "condition_parser",
+}
 """Fields of every expectation of Great Expectations that are no argument of the check."""
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 """The run time that Data Docs show: an output may not hold the real one."""
@@ -110,8 +121,10 @@ def check(frames: Mapping[str, pd.DataFrame], declared: Mapping[str, Expectation
     context = gx.get_context(mode="ephemeral", project_config=DataContextConfig(store_backend_defaults=InMemoryStoreBackendDefaults()))
     context.variables.progress_bars = {"globally": False}
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
-    context.add_data_docs_site("docs", {"class_name": "SiteBuilder", "show_how_to_buttons": False, "store_backend": store,
-                                        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}})
+    context.add_data_docs_site(
+        "docs",
+        {"class_name": "SiteBuilder", "show_how_to_buttons": False, "store_backend": store, "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"}},
+    )
     source = context.data_sources.add_pandas("preprocess")
     outcomes: dict[str, Outcome] = {}
     for table in dict.fromkeys(e.table for e in declared.values()):
@@ -130,8 +143,17 @@ def check(frames: Mapping[str, pd.DataFrame], declared: Mapping[str, Expectation
             continue
         batch = source.add_dataframe_asset(table).add_batch_definition_whole_dataframe("rows")
         definition = context.validation_definitions.add(gx.ValidationDefinition(name=table, data=batch, suite=context.suites.add(suite)))
-        checkpoint = context.checkpoints.add(gx.Checkpoint(name=table, validation_definitions=[definition], result_format={
-            "result_format": "SUMMARY", "partial_unexpected_count": max(examples, 1), "unexpected_index_column_names": [k for k in KEYS if k in frame]}))
+        checkpoint = context.checkpoints.add(
+            gx.Checkpoint(
+                name=table,
+                validation_definitions=[definition],
+                result_format={
+                    "result_format": "SUMMARY",
+                    "partial_unexpected_count": max(examples, 1),
+                    "unexpected_index_column_names": [k for k in KEYS if k in frame],
+                },
+            )
+        )
         run = checkpoint.run(batch_parameters={"dataframe": frame}, run_id=RunIdentifier(run_name="validate", run_time=EPOCH))
         for results in run.run_results.values():
             for result in results.to_json_dict()["results"]:
@@ -156,16 +178,21 @@ def judge(result: dict[str, Any], frame: pd.DataFrame, examples: int) -> Outcome
     if result["success"] is True:
         return Outcome(success=True, reason="", observed=observed, examples=[])
     kwargs = {k: v for k, v in result["expectation_config"]["kwargs"].items() if k != "batch_id"}
-    rows = [plain({"source": r.pop("source", None), "id": r.pop("id", None), "value": r if len(r) != 1 else next(iter(r.values()))})
-            for r in map(dict, found.get("partial_unexpected_index_list") or [])]
+    rows = [
+        plain({"source": r.pop("source", None), "id": r.pop("id", None), "value": r if len(r) != 1 else next(iter(r.values()))})
+        for r in map(dict, found.get("partial_unexpected_index_list") or [])
+    ]
     if not rows and kwargs.get("column") in frame:
         wrong = found.get("partial_unexpected_list") or [found.get("observed_value")]
         column = frame[kwargs["column"]]
         hit = frame[column.isin([w for w in wrong if isinstance(w, str | int | float)])].head(examples)
         rows = [plain({"source": row.get("source"), "id": row.get("id"), "value": row[kwargs["column"]]}) for _, row in hit.iterrows()]
     details = found.get("details", {}).get("mismatched")
-    return failure(f"{result['expectation_config']['type']} does not hold{f': {details}' if details else ''}", observed,
-                   cast("list[dict[str, JsonValue]]", rows[:examples]))
+    return failure(
+        f"{result['expectation_config']['type']} does not hold{f': {details}' if details else ''}",
+        observed,
+        cast("list[dict[str, JsonValue]]", rows[:examples]),
+    )
 
 
 def vacuous(found: dict[str, Any]) -> str:
@@ -210,8 +237,11 @@ def build_docs(context: EphemeralDataContext, docs: Path) -> None:
     seen: dict[str, str] = {}
     for page in sorted(docs.rglob("*.html")):
         up = "../" * (len(page.relative_to(docs).parts) - 1) or "./"
-        text = re.sub(r'https://great-expectations-web-assets[^"\']*?/([\w-]+\.png)(\?[^"\']*)?(?=["\'])', lambda m, up=up: f"{up}static/images/{m[1]}",  # type: ignore[misc]
-                      page.read_text(encoding="utf-8"))
+        text = re.sub(
+            r'https://great-expectations-web-assets[^"\']*?/([\w-]+\.png)(\?[^"\']*)?(?=["\'])',
+            lambda m, up=up: f"{up}static/images/{m[1]}",  # type: ignore[misc]
+            page.read_text(encoding="utf-8"),
+        )
         page.write_text(scrub(text, seen), encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ def publish(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        remove(path) if temporary.is_dir() else None
-        os.replace(temporary, path)
+        if temporary.is_dir():
+            remove(path)
+        temporary.replace(path)
     finally:
         remove(temporary)
 

@@ -100,8 +100,10 @@ def decide(settings: Gate, found: Mapping[str, Json], problems: list[str], weigh
     notes: list[str] = []
     relative: list[Json] = []
     if weighed is None:
-        notes.append("no champion is pinned in gate.champion: only the absolute rules apply" +
-                     (f", and {len(settings.relative)} relative rules wait for one" if settings.relative else ""))
+        notes.append(
+            "no champion is pinned in gate.champion: only the absolute rules apply"
+            + (f", and {len(settings.relative)} relative rules wait for one" if settings.relative else "")
+        )
     elif not settings.relative:
         holding.append("gate.champion is pinned and gate.relative is empty: nothing compares the candidate with it")
     else:
@@ -112,9 +114,17 @@ def decide(settings: Gate, found: Mapping[str, Json], problems: list[str], weigh
     promote = outcome == "promote" or (outcome == "inconclusive" and settings.inconclusive == "promote")
     if outcome == "inconclusive" and promote:
         notes.append("gate.inconclusive is promote: what the samples do not settle goes through")
-    return {"outcome": outcome, "promote": promote, "reasons": [*holding, *unsettled, *said["promote"], *notes], "rules": rules, "relative": relative,
-            "champion": settings.champion, "alpha": settings.alpha, "inconclusive": settings.inconclusive,
-            "digest": str(next(iter(digests.values()))) if same else None}
+    return {
+        "outcome": outcome,
+        "promote": promote,
+        "reasons": [*holding, *unsettled, *said["promote"], *notes],
+        "rules": rules,
+        "relative": relative,
+        "champion": settings.champion,
+        "alpha": settings.alpha,
+        "inconclusive": settings.inconclusive,
+        "digest": str(next(iter(digests.values()))) if same else None,
+    }
 
 
 def main() -> None:

@@ -75,5 +75,7 @@ def train(attacks: list[str], harmless: list[str], window: int, seed: int, folde
         temporary.mkdir(parents=True)
         tensors = {"weight": model.coef_[0], "bias": model.intercept_}
         save_file({name: tensor.round(4).astype(np.float32) for name, tensor in tensors.items()}, temporary / "weights.safetensors")
-        write_json(temporary / "guard.json", {"features": FEATURES, "window": window, "seed": seed,
-                                              "trained_on": {"attacks": len(attacks), "harmless": len(harmless), "windows": len(labels)}})
+        write_json(
+            temporary / "guard.json",
+            {"features": FEATURES, "window": window, "seed": seed, "trained_on": {"attacks": len(attacks), "harmless": len(harmless), "windows": len(labels)}},
+        )

@@ -56,12 +56,12 @@ class EngineLM(LM):  # type: ignore[misc]  # lm_eval has no types
     def encode_pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of both, split as lm-eval's own HFLM does: blanks move to the continuation, the whole is encoded, then cut."""
         encode = self.engine.chat.encode
-        blanks = context[len(context.rstrip()):]
+        blanks = context[len(context.rstrip()) :]
         context, continuation = context.rstrip(), blanks + continuation
         if not context:
             return (self.prefix(),), tuple(encode(continuation))
         head = encode(context)
-        return tuple(head), tuple(encode(context + continuation)[len(head):]) or tuple(encode(continuation))
+        return tuple(head), tuple(encode(context + continuation)[len(head) :]) or tuple(encode(continuation))
 
     def _score(self, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Score]:
         contexts: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
@@ -70,7 +70,7 @@ class EngineLM(LM):  # type: ignore[misc]  # lm_eval has no types
                 contexts.setdefault(context, {})[continuation] = None
         ordered = sorted(contexts, key=lambda c: (-len(c), c))
         for start in progress(range(0, len(ordered), CHUNK), "scoring"):
-            chunk = ordered[start:start + CHUNK]
+            chunk = ordered[start : start + CHUNK]
             for context, scores in zip(chunk, self.engine.score([(c, list(contexts[c])) for c in chunk]), strict=True):
                 self._scores.update({(context, continuation): s for continuation, s in zip(contexts[context], scores, strict=True)})
         return [self._scores[pair] for pair in pairs]
@@ -84,8 +84,10 @@ class EngineLM(LM):  # type: ignore[misc]  # lm_eval has no types
         """Log-likelihood of each whole text, in windows."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows = [[make_disjoint_window(w) for w in get_rolling_token_windows(self.engine.chat.encode(request.args[0]), self.prefix(), WINDOW, 1)]
-                   for request in requests]
+        windows = [
+            [make_disjoint_window(w) for w in get_rolling_token_windows(self.engine.chat.encode(request.args[0]), self.prefix(), WINDOW, 1)]
+            for request in requests
+        ]
         scores = iter(self._score([(tuple(context), tuple(rest)) for text in windows for context, rest in text]))
         return [sum(next(scores).logprob for _ in text) for text in windows]
 
@@ -95,7 +97,7 @@ class EngineLM(LM):  # type: ignore[misc]  # lm_eval has no types
         for sampling in dict.fromkeys(s for _, s in keys):
             prompts = sorted({p for p, s in keys if s == sampling and (p, s) not in self._answers}, key=lambda p: (-len(p), p))
             for start in progress(range(0, len(prompts), CHUNK), "answering"):
-                chunk = prompts[start:start + CHUNK]
+                chunk = prompts[start : start + CHUNK]
                 for prompt, completion in zip(chunk, self.engine.generate(chunk, sampling), strict=True):
                     self._answers[prompt, sampling] = completion.text
         return [self._answers[key] for key in keys]
@@ -105,12 +107,29 @@ class EngineLM(LM):  # type: ignore[misc]  # lm_eval has no types
         until = arguments.get("until") or []
         asked = arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or self.max_tokens
         sampled = arguments.get("do_sample", arguments.get("temperature", 0) > 0)
-        return Sampling(max_tokens=min(asked, self.max_tokens), stop=tuple([until] if isinstance(until, str) else until),
-                        temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0, top_p=float(arguments.get("top_p", 1.0)), seed=0)
+        return Sampling(
+            max_tokens=min(asked, self.max_tokens),
+            stop=tuple([until] if isinstance(until, str) else until),
+            temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0,
+            top_p=float(arguments.get("top_p", 1.0)),
+            seed=0,
+        )
 
 
-def run_tasks(model: EngineLM, names: list[str], metric: str, key: str, *, system: str | None = None, chat: bool = True, fewshot: int = 0,
-              limit: int | None = None, seed: int = 0, bootstrap: int = 0, higher_is_better: bool = True) -> dict[str, Result]:
+def run_tasks(
+    model: EngineLM,
+    names: list[str],
+    metric: str,
+    key: str,
+    *,
+    system: str | None = None,
+    chat: bool = True,
+    fewshot: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
+    bootstrap: int = 0,
+    higher_is_better: bool = True,
+) -> dict[str, Result]:
     """Ask every question of some lm-eval tasks.
 
     Args:
@@ -129,8 +148,16 @@ def run_tasks(model: EngineLM, names: list[str], metric: str, key: str, *, syste
     from lm_eval.evaluator import evaluate
 
     tasks = load_tasks(names, key, fewshot, seed)
-    found: Any = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=bootstrap, log_samples=True,
-                          system_instruction=system, apply_chat_template=chat, fewshot_as_multiturn=True)
+    found: Any = evaluate(
+        model,
+        {"tasks": tasks},
+        limit=limit,
+        bootstrap_iters=bootstrap,
+        log_samples=True,
+        system_instruction=system,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=True,
+    )
     return {name: read_result(task, metric, found["results"][name], found["samples"][name], key, higher_is_better) for name, task in tasks.items()}
 
 

@@ -155,6 +155,7 @@ def normalise(bento: Path) -> None:
 
 def record_commit(package: Path) -> None:
     """Note beside the costs which commit this build was made at; nothing where git does not know one."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 

@@ -112,18 +112,41 @@ def make(candidate: Made, texts: Sequence[str], dtype: Dtype, out: Path) -> int:
     tokenizer = train_tokenizer(texts, shape.vocab, shape.context)
     rows = blocks([tokenizer.encode(text) for text in texts], tokenizer.pad_token_id, candidate.sequence, candidate.steps * candidate.batch, candidate.seed)
     set_seed(candidate.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.context, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.context,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     with tempfile.TemporaryDirectory() as scratch, quiet():
         trainer = Trainer(
-            model=model, train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
+            model=model,
+            train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),
             args=TrainingArguments(
-                output_dir=scratch, max_steps=candidate.steps, per_device_train_batch_size=candidate.batch, learning_rate=candidate.learning_rate,
-                lr_scheduler_type="cosine", warmup_steps=WARMUP, weight_decay=0.1, bf16=False, seed=candidate.seed, train_sampling_strategy="sequential",
-                report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no", use_cpu=not torch.cuda.is_available(),
+                output_dir=scratch,
+                max_steps=candidate.steps,
+                per_device_train_batch_size=candidate.batch,
+                learning_rate=candidate.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=WARMUP,
+                weight_decay=0.1,
+                bf16=False,
+                seed=candidate.seed,
+                train_sampling_strategy="sequential",
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+                logging_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
             ),
         )
         trainer.remove_callback(PrinterCallback)

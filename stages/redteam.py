@@ -53,6 +53,7 @@ def cut(engine: Engine, system: str, text: str, limit: int) -> tuple[str, list[i
     Raises:
         ConfigError: not even the system prompt fits.
     """
+
     def prompt(size: int) -> list[int]:
         return engine.chat.prompt([{"role": "system", "content": system}, {"role": "user", "content": engine.chat.defuse(text[:size])}])
 
@@ -100,8 +101,17 @@ def attack(engine: Engine, guard: Guard, system: str, prompts: Sequence[tuple[st
     for source, family, text in progress(prompts, "guard"):
         shown, prompt = cut(engine, guarded, text, limit)
         verdict = guard.check(shown)
-        rows.append({"source": source, "family": family, "prompt": shown, "outcome": "blocked", "reasons": verdict.reasons, "score": round(verdict.score, 6),
-                     "answer": ""})
+        rows.append(
+            {
+                "source": source,
+                "family": family,
+                "prompt": shown,
+                "outcome": "blocked",
+                "reasons": verdict.reasons,
+                "score": round(verdict.score, 6),
+                "answer": "",
+            }
+        )
         if verdict.allowed:
             asked.append((rows[-1], prompt))
     answers = engine.generate([prompt for _, prompt in asked], Sampling(max_tokens=settings.max_tokens)) if asked else []
@@ -133,30 +143,57 @@ def main() -> None:
         folder.mkdir(parents=True)
         train(learn_attacks, learn_benign + customers, guard_settings.window, settings.seed, folder / "guard")
         guard = Guard(folder / "guard", guard_settings)
-        prompts = [(name, attacks[name][text], text) for name, texts in sorted(hostile.items()) for text in texts[:settings.per_source]]
+        prompts = [(name, attacks[name][text], text) for name, texts in sorted(hostile.items()) for text in texts[: settings.per_source]]
         rows = attack(open_engine(EXPORTED, engine_settings), guard, system or "", prompts, settings, limit)
         alarms = []
-        for name, text in sorted(((n, t) for n, texts in harmless.items() for t in texts), key=lambda pair: digest(pair[1]))[:settings.benign_limit]:
+        for name, text in sorted(((n, t) for n, texts in harmless.items() for t in texts), key=lambda pair: digest(pair[1]))[: settings.benign_limit]:
             verdict = guard.check(text)
-            alarms.append({"source": name, "family": "benign", "prompt": text, "outcome": "passed" if verdict.allowed else "blocked",
-                           "reasons": verdict.reasons, "score": round(verdict.score, 6), "answer": ""})
+            alarms.append(
+                {
+                    "source": name,
+                    "family": "benign",
+                    "prompt": text,
+                    "outcome": "passed" if verdict.allowed else "blocked",
+                    "reasons": verdict.reasons,
+                    "score": round(verdict.score, 6),
+                    "answer": "",
+                }
+            )
         caught = {name: share(sum(not guard.check(text).allowed for text in progress(texts, name, len(texts))), len(texts)) for name, texts in hostile.items()}
         blocked = sum(row["outcome"] == "blocked" for row in alarms)
         leaked = sum(row["outcome"] == "leaked" for row in rows)
         successes = leaked + sum(row["outcome"] == "success" for row in rows)
         write_jsonl(folder / "samples.jsonl", rows + alarms)
-        write_json(folder / "result.json", {
-            "attack_success": successes / len(rows), "attacks": share(successes, len(rows)) | {"outcomes": dict(Counter(row["outcome"] for row in rows))},
-            "false_alarms": blocked / len(alarms), "benign": share(blocked, len(alarms)) | {
-                "sources": {name: share(sum(r["outcome"] == "blocked" for r in alarms if r["source"] == name), n)
-                            for name, n in sorted(Counter(row["source"] for row in alarms).items())}},
-            "canary_leaks": leaked, "sources": summary(rows, "source"), "families": summary(rows, "family"),
-            "guard": {"enabled": guard_settings.enabled, "threshold": guard_settings.threshold, "holdout": sorted(settings.holdout), "recall": caught,
-                      "learnt": {"attacks": len(learn_attacks), "benign": len(learn_benign), "customers": len(customers)}},
-            "digest": sha256(EXPORTED)})
+        write_json(
+            folder / "result.json",
+            {
+                "attack_success": successes / len(rows),
+                "attacks": share(successes, len(rows)) | {"outcomes": dict(Counter(row["outcome"] for row in rows))},
+                "false_alarms": blocked / len(alarms),
+                "benign": share(blocked, len(alarms))
+                | {
+                    "sources": {
+                        name: share(sum(r["outcome"] == "blocked" for r in alarms if r["source"] == name), n)
+                        for name, n in sorted(Counter(row["source"] for row in alarms).items())
+                    }
+                },
+                "canary_leaks": leaked,
+                "sources": summary(rows, "source"),
+                "families": summary(rows, "family"),
+                "guard": {
+                    "enabled": guard_settings.enabled,
+                    "threshold": guard_settings.threshold,
+                    "holdout": sorted(settings.holdout),
+                    "recall": caught,
+                    "learnt": {"attacks": len(learn_attacks), "benign": len(learn_benign), "customers": len(customers)},
+                },
+                "digest": sha256(EXPORTED),
+            },
+        )
         log.info("attacks that succeed: %d of %d; false alarms: %d of %d; canary leaks: %d", successes, len(rows), blocked, len(alarms), leaked)
 
 
 if __name__ == "__main__":
     from stages.run import run
+
     run(main)

@@ -87,7 +87,7 @@ def _sample(kind: str, row: Mapping[str, Any], metric: str, averaged: bool, high
     arguments, target = row["arguments"], row["target"]
     if kind == "multiple_choice":
         choices = [a[1].strip() for a in arguments]
-        likely = [ll for ll, _ in row["filtered_resps"]][:len(choices)]
+        likely = [ll for ll, _ in row["filtered_resps"]][: len(choices)]
         answer = choices[max(range(len(likely)), key=likely.__getitem__)]
         target = choices[target] if isinstance(target, int) and target < len(choices) else target
     else:
@@ -138,13 +138,29 @@ def slice_scores(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         grouped.setdefault(sample["slice"], []).append(sample)
-    return {name: {"score": None if any(s["score"] is None for s in rows) else math.fsum(s["score"] for s in rows) / len(rows),
-                   "n": len({(s["doc_id"], s["doc_hash"]) for s in rows})} for name, rows in sorted(grouped.items())}
+    return {
+        name: {
+            "score": None if any(s["score"] is None for s in rows) else math.fsum(s["score"] for s in rows) / len(rows),
+            "n": len({(s["doc_id"], s["doc_hash"]) for s in rows}),
+        }
+        for name, rows in sorted(grouped.items())
+    }
 
 
 def sample_rows(results: Mapping[str, Result], task: Task, key: str) -> list[dict[str, Any]]:
     """One row per phrasing and question, sorted, to be joined with another model's by `doc_hash`."""
-    rows = [{"doc_hash": s.doc_hash, "doc_id": s.doc_id, "phrasing": name, "score": s.score if s.score is not None and math.isfinite(s.score) else None,
-             "prompt": s.prompt, "target": s.target, "answer": s.answer, "slice": slice_of(s.doc, task.slice_by, key) if task.slice_by else ""}
-            for name, result in results.items() for s in result.samples]
+    rows = [
+        {
+            "doc_hash": s.doc_hash,
+            "doc_id": s.doc_id,
+            "phrasing": name,
+            "score": s.score if s.score is not None and math.isfinite(s.score) else None,
+            "prompt": s.prompt,
+            "target": s.target,
+            "answer": s.answer,
+            "slice": slice_of(s.doc, task.slice_by, key) if task.slice_by else "",
+        }
+        for name, result in results.items()
+        for s in result.samples
+    ]
     return sorted(rows, key=lambda row: (row["doc_hash"], row["phrasing"], row["doc_id"]))

@@ -142,8 +142,12 @@ def choose(rows: list[Row], prefer: str | None) -> tuple[Row, str]:
 def leaderboard(settings: Select, rows: list[Row], chosen: Row, why: str) -> Mapping[str, object]:
     """The leaderboard as JSON: chosen first, then by score."""
     order = sorted(rows, key=lambda r: (r is not chosen, r.outcome == "refused", -(r.score or 0.0), r.candidate))
-    return {"chosen": chosen.candidate, "why": why, "probe": {"task": settings.probe.task, "metric": settings.probe.metric, "limit": settings.probe.limit},
-            "candidates": [vars(row) for row in order]}
+    return {
+        "chosen": chosen.candidate,
+        "why": why,
+        "probe": {"task": settings.probe.task, "metric": settings.probe.metric, "limit": settings.probe.limit},
+        "candidates": [vars(row) for row in order],
+    }
 
 
 def main() -> None:

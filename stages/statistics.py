@@ -78,8 +78,16 @@ def compare(champion: Sequence[float], candidate: Sequence[float], margin: float
         p_not_worse, p_worse = bootstrap(difference, margin, seed)
     wide = max(1.0, float(np.abs(difference).max()))
     deviation = float(np.std(np.concatenate([difference, [wide, -wide]])))
-    return Comparison(rows=old.size, better=better, worse=worse, difference=float(difference.mean()), p_not_worse=p_not_worse, p_worse=p_worse,
-                      deviation=deviation, method=method)
+    return Comparison(
+        rows=old.size,
+        better=better,
+        worse=worse,
+        difference=float(difference.mean()),
+        p_not_worse=p_not_worse,
+        p_worse=p_worse,
+        deviation=deviation,
+        method=method,
+    )
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[float]:

@@ -98,8 +98,10 @@ def build_tables(folder: Path, expectations: Sequence[Expectation], pii: Pii) ->
     frames = {}
     for name in [*SPLITS, *(["corpus"] if "corpus" in asked else [])]:
         path = folder / f"{name}.jsonl"
-        rows = [columns(row, f"{path}:{number}", wanted, lambda text: {span.kind for span in find(text, pii.kinds, pii.phone_regions)})
-                for number, row in enumerate(read_jsonl(path), 1)]
+        rows = [
+            columns(row, f"{path}:{number}", wanted, lambda text: {span.kind for span in find(text, pii.kinds, pii.phone_regions)})
+            for number, row in enumerate(read_jsonl(path), 1)
+        ]
         frames[name] = pd.DataFrame(rows)
     across(frames)
     frames["rows"] = pd.concat([frames[name] for name in SPLITS], ignore_index=True)

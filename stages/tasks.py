@@ -109,13 +109,17 @@ def _data_only(own: dict[str, Any]) -> dict[str, Any]:
         if content.get(name):
             raise ConfigError(f"{path}: {name} runs code", REMEDY)
     if content.get("dataset_path") != "json" or set(content.get("dataset_kwargs") or {}) != {"data_files"}:
-        raise ConfigError(f"{path}: its rows must be `dataset_path: json` with `dataset_kwargs: {{data_files: …}}` and nothing else",
-                          "name a file of data/: collect fetches and pins it")
+        raise ConfigError(
+            f"{path}: its rows must be `dataset_path: json` with `dataset_kwargs: {{data_files: …}}` and nothing else",
+            "name a file of data/: collect fetches and pins it",
+        )
     get_metric("acc")  # fills the registry
     for entry in content.get("metric_list") or []:
         if entry.get("hf_evaluate") or entry.get("metric") not in metric_registry:
-            raise ConfigError(f"{path}: metric {entry.get('metric')!r} would be fetched from the hub and run",
-                              f"lm-eval's own: {', '.join(sorted(str(m) for m in metric_registry))}")
+            raise ConfigError(
+                f"{path}: metric {entry.get('metric')!r} would be fetched from the hub and run",
+                f"lm-eval's own: {', '.join(sorted(str(m) for m in metric_registry))}",
+            )
     return content
 
 

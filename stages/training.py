@@ -137,15 +137,37 @@ def arguments(settings: Tune, folder: Path, evaluate: bool) -> SFTConfig:
     """The settings in TRL's terms. With early stopping, a checkpoint goes with each evaluation, and the best one is the result."""
     stops = settings.early_stopping is not None
     return SFTConfig(
-        output_dir=str(folder), report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-        bf16=settings.precision == "bfloat16", fp16=settings.precision == "float16",
-        max_steps=settings.steps or -1, per_device_train_batch_size=settings.batch, per_device_eval_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, max_length=settings.max_length,
-        packing=settings.packing, completion_only_loss=settings.completion_only, seed=settings.seed, data_seed=settings.seed,
-        train_sampling_strategy="sequential", logging_steps=settings.log_every, eval_strategy="steps" if evaluate else "no",
-        eval_steps=settings.evaluate_every, save_strategy="steps", save_steps=settings.evaluate_every if stops else settings.checkpoint_every,
-        save_total_limit=2, load_best_model_at_end=stops, metric_for_best_model="eval_loss" if stops else None, greater_is_better=False if stops else None,
+        output_dir=str(folder),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        completion_only_loss=settings.completion_only,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        train_sampling_strategy="sequential",
+        logging_steps=settings.log_every,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=settings.evaluate_every,
+        save_strategy="steps",
+        save_steps=settings.evaluate_every if stops else settings.checkpoint_every,
+        save_total_limit=2,
+        load_best_model_at_end=stops,
+        metric_for_best_model="eval_loss" if stops else None,
+        greater_is_better=False if stops else None,
         restore_callback_states_from_checkpoint=stops,
     )
 
@@ -167,14 +189,25 @@ def build(settings: Tune, base: Path, train: Sequence[Turns], validation: Sequen
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False)
     if settings.lora:
         freeze(model, getattr(torch, settings.precision))
-    lora = None if settings.lora is None else LoraConfig(
-        task_type="CAUSAL_LM", r=settings.lora.rank, lora_alpha=settings.lora.alpha, lora_dropout=settings.lora.dropout,
-        target_modules=settings.lora.targets, layers_to_transform=blocks(model, settings.lora.layers),
+    lora = (
+        None
+        if settings.lora is None
+        else LoraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.lora.rank,
+            lora_alpha=settings.lora.alpha,
+            lora_dropout=settings.lora.dropout,
+            target_modules=settings.lora.targets,
+            layers_to_transform=blocks(model, settings.lora.layers),
+        )
     )
     stop = settings.early_stopping
     trainer = Trainer(
-        model=model, args=arguments(settings, folder, bool(validation)), processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
-        train_dataset=Dataset.from_list(list(train)), eval_dataset=Dataset.from_list(list(validation)) if validation else None,
+        model=model,
+        args=arguments(settings, folder, bool(validation)),
+        processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
+        train_dataset=Dataset.from_list(list(train)),
+        eval_dataset=Dataset.from_list(list(validation)) if validation else None,
         peft_config=lora,
         callbacks=[Checkpoints(), *([EarlyStoppingCallback(stop.patience, stop.threshold)] if stop else [])],
     )

@@ -33,8 +33,14 @@ DATA = Path("data/preprocess")
 OUT = Path("models/tune")
 SCRATCH = WORK / "tune"
 CODE = ("tune.py", "training.py", "weights.py", "serve/chat.py")
-CURVES = {"loss": "train/loss", "mean_token_accuracy": "train/token_accuracy", "learning_rate": "train/learning_rate", "grad_norm": "train/gradient_norm",
-          "eval_loss": "validation/loss", "eval_mean_token_accuracy": "validation/token_accuracy"}
+CURVES = {
+    "loss": "train/loss",
+    "mean_token_accuracy": "train/token_accuracy",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/gradient_norm",
+    "eval_loss": "validation/loss",
+    "eval_mean_token_accuracy": "validation/token_accuracy",
+}
 """The trainer's name of a curve -> its file in models/tune/plots/metrics/."""
 
 log = logging.getLogger(__name__)
@@ -106,7 +112,10 @@ def summarise(trainer: Trainer, rows: int, cut: int) -> dict[str, object]:
     seen = trainer.state.global_step * trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     last = next((point["eval_loss"] for point in reversed(history) if "eval_loss" in point), None)
     return {
-        "steps": trainer.state.global_step, "best_step": trainer.state.best_global_step, "rows": rows, "rows_cut": cut,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "rows": rows,
+        "rows_cut": cut,
         "tokens": sum(map(len, trainer.train_dataset["input_ids"][:seen])),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

@@ -47,11 +47,20 @@ def main() -> None:
         outcomes = check(frames, settings.expectations, docs, settings.examples)
     rows = {name: len(frame) for name, frame in frames.items()}
     failed = reasons(outcomes, settings.expectations, rows)
-    write_json(out / "result.json", {"success": not failed, "rows": rows, "reasons": failed, "expectations": {
-        name: asdict(settings.expectations[name]) | outcome for name, outcome in outcomes.items()}})
+    write_json(
+        out / "result.json",
+        {
+            "success": not failed,
+            "rows": rows,
+            "reasons": failed,
+            "expectations": {name: asdict(settings.expectations[name]) | outcome for name, outcome in outcomes.items()},
+        },
+    )
     if failed:
-        raise DataError(f"data/preprocess breaks {len(failed)} of {len(settings.expectations)} expectations\n  - " + "\n  - ".join(failed),
-                        "mend the source or conf/preprocess, or review the limit in conf/validate; data/validate/docs/index.html shows all")
+        raise DataError(
+            f"data/preprocess breaks {len(failed)} of {len(settings.expectations)} expectations\n  - " + "\n  - ".join(failed),
+            "mend the source or conf/preprocess, or review the limit in conf/validate; data/validate/docs/index.html shows all",
+        )
     log.info("%d expectations hold on %d rows", len(outcomes), rows["rows"])
 
 

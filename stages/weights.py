@@ -99,8 +99,13 @@ def load_gguf(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
             packed, loading = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
-                quantization_config=GgufConfig(dequantize=True), output_loading_info=True,
+                folder,
+                gguf_file=name,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
     except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:  # what transformers and gguf raise for a broken file
         raise ModelError(f"{name} is no GGUF file that transformers can read: {error}", "compare its digest with the publisher's, and fetch it anew") from error

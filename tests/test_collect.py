@@ -36,9 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def dataset(
-    path: str, content: bytes | str, use: str = "train", licence: str = "MIT", classification: str = "public", **keys: object
-) -> dict[str, object]:
+def dataset(path: str, content: bytes | str, use: str = "train", licence: str = "MIT", classification: str = "public", **keys: object) -> dict[str, object]:
     """A dataset of one local file, written here."""
     data = content.encode() if isinstance(content, str) else content
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +104,11 @@ def test_every_table_gives_the_same_rows(path: str, content: bytes | str, keys: 
 def test_documents_are_one_row_each(here: Path) -> None:
     (text,) = rows("a.txt", "one\ntwo\n")
     assert text.text == "one\ntwo\n" and text.meta == {"file": "a.txt"}
-    (page,) = rows("a.html", "<html><head><title>Returns</title><style>p{}</style></head><body><h1>Returns</h1><p>Within\n<b>30</b> days.</p>"
-                             "<script>alert(1)</script><p>Free.</p></body></html>")
+    (page,) = rows(
+        "a.html",
+        "<html><head><title>Returns</title><style>p{}</style></head><body><h1>Returns</h1><p>Within\n<b>30</b> days.</p>"
+        "<script>alert(1)</script><p>Free.</p></body></html>",
+    )
     assert page.text == "Returns\nWithin 30 days.\nFree." and page.meta == {"file": "a.html", "title": "Returns"}
     (article,) = rows("a.md", "---\nid: policy-7\ntitle: Returns\nsince: 2024-05-01\n---\n# Returns\n\nWithin 30 days.\n")
     assert (article.id, article.text, article.meta) == ("policy-7", "# Returns\n\nWithin 30 days.", {"title": "Returns", "since": "2024-05-01", "file": "a.md"})
@@ -223,8 +224,15 @@ def test_manifest_says_what_was_collected(here: Path) -> None:
     manifest = collect(configured({"one": dataset("a.txt", "x\ny", format="lines"), "two": dataset("b/a.jsonl", AS_JSONL, use="test")}))
     assert read_json(OUT / "manifest.json") == manifest
     assert manifest["one"] == {
-        "kind": "files", "address": "a.txt", "pinned": hashlib.sha256(b"x\ny").hexdigest(), "sha256": hashlib.sha256(b"x\ny").hexdigest(),
-        "licence": "MIT", "classification": "public", "use": "train", "rows": 2, "files": ["a.txt"],
+        "kind": "files",
+        "address": "a.txt",
+        "pinned": hashlib.sha256(b"x\ny").hexdigest(),
+        "sha256": hashlib.sha256(b"x\ny").hexdigest(),
+        "licence": "MIT",
+        "classification": "public",
+        "use": "train",
+        "rows": 2,
+        "files": ["a.txt"],
     }
     collect(configured({"two": dataset("b/a.jsonl", AS_JSONL)}))
     assert sorted(path.name for path in OUT.iterdir()) == ["manifest.json", "two.jsonl"]  # a dataset that is gone leaves nothing behind

@@ -43,33 +43,74 @@ def test_an_experiment_chooses_in_a_group(small: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
-    "unknown key": ({"tune/sft.yaml": "steps: 1\nlearning_rat: 0.1\n"}, [r"conf/tune/sft\.yaml: tune\.learning_rat: unknown key; did you mean learning_rate\?"]),
+    "unknown key": (
+        {"tune/sft.yaml": "steps: 1\nlearning_rat: 0.1\n"},
+        [r"conf/tune/sft\.yaml: tune\.learning_rat: unknown key; did you mean learning_rate\?"],
+    ),
     "unknown key, far": ({"tune/sft.yaml": "steps: 1\nzzz: 0.1\n"}, [r"conf/tune/sft\.yaml: tune\.zzz: unknown key; known here: accumulate, batch"]),
     "unknown nested key": (
-        {"collect/toy.yaml": "datasets:\n  rows: {origin: {kind: http, url: https://example.org/x, sha265: x, licence: a, classification: public}, use: train}\npolicy: {}\n"},
-        [r"conf/collect/toy\.yaml: collect\.datasets\.rows\.origin\.sha265: unknown key; did you mean sha256\?", r"collect\.datasets\.rows\.origin\.sha256: is mandatory"],
+        {
+            "collect/toy.yaml": "datasets:\n  rows: {origin: {kind: http, url: https://example.org/x, sha265: x, licence: a, classification: public}, use: train}\npolicy: {}\n"
+        },
+        [
+            r"conf/collect/toy\.yaml: collect\.datasets\.rows\.origin\.sha265: unknown key; did you mean sha256\?",
+            r"collect\.datasets\.rows\.origin\.sha256: is mandatory",
+        ],
     ),
-    "unknown top-level key": ({"experiment/default.yaml": "# @package _global_\ntuen: {seed: 1}\n"}, [r"conf/experiment/default\.yaml: tuen: unknown key; did you mean tune\?"]),
+    "unknown top-level key": (
+        {"experiment/default.yaml": "# @package _global_\ntuen: {seed: 1}\n"},
+        [r"conf/experiment/default\.yaml: tuen: unknown key; did you mean tune\?"],
+    ),
     "wrong type": ({"tune/sft.yaml": "steps: many\n"}, [r'conf/tune/sft\.yaml: tune\.steps: input should be a valid integer; the value is "many"']),
     "a number as text": ({"tune/sft.yaml": "steps: '10'\n"}, [r"conf/tune/sft\.yaml: tune\.steps: input should be a valid integer"]),
-    "out of range": ({"tune/sft.yaml": "steps: 1\nwarmup: 1.5\n"}, [r"conf/tune/sft\.yaml: tune\.warmup: input should be less than or equal to 1; the value is 1\.5"]),
+    "out of range": (
+        {"tune/sft.yaml": "steps: 1\nwarmup: 1.5\n"},
+        [r"conf/tune/sft\.yaml: tune\.warmup: input should be less than or equal to 1; the value is 1\.5"],
+    ),
     "not a number": ({"tune/sft.yaml": "steps: 1\nlearning_rate: .nan\n"}, [r"conf/tune/sft\.yaml: tune\.learning_rate: input should be a finite number"]),
-    "mandatory, absent": ({"package/toy.yaml": "licence: MIT\nintended_use: x\nlimitations: y\n"}, [r"conf/package/toy\.yaml: package\.description: is mandatory and has no value"]),
+    "mandatory, absent": (
+        {"package/toy.yaml": "licence: MIT\nintended_use: x\nlimitations: y\n"},
+        [r"conf/package/toy\.yaml: package\.description: is mandatory and has no value"],
+    ),
     "mandatory, ???": ({"tune/sft.yaml": "steps: ???\n"}, [r"conf/tune/sft\.yaml: tune\.steps: is mandatory \(`\?\?\?`\) and has no value"]),
-    "unknown choice": ({"experiment/default.yaml": "# @package _global_\ndefaults:\n  - override /tune: lorra\n"}, [r"conf/experiment/default\.yaml: tune: there is no choice 'lorra'; did you mean lora\? conf/tune/ has: lora, sft"]),
+    "unknown choice": (
+        {"experiment/default.yaml": "# @package _global_\ndefaults:\n  - override /tune: lorra\n"},
+        [r"conf/experiment/default\.yaml: tune: there is no choice 'lorra'; did you mean lora\? conf/tune/ has: lora, sft"],
+    ),
     "cross-field": ({"tune/sft.yaml": "steps: 1\nepochs: 1.0\n"}, [r"conf/tune/sft\.yaml: tune: set exactly one of epochs and steps: epochs=1\.0 steps=1"]),
-    "cross-stage": ({"redteam/toy.yaml": "attacks: [bad, wrose]\nbenign: [good]\nholdout: []\n"}, [r"redteam\.attacks names 'wrose', which is no dataset of collect with use: attack"]),
-    "a gate on nothing": ({"gate/toy.yaml": "absolute:\n  r: {metric: evaluate.intnt, direction: at_least, limit: 0.5}\n"}, [r"gate\.absolute\.r\.metric='evaluate\.intnt' is measured by no task of evaluate"]),
+    "cross-stage": (
+        {"redteam/toy.yaml": "attacks: [bad, wrose]\nbenign: [good]\nholdout: []\n"},
+        [r"redteam\.attacks names 'wrose', which is no dataset of collect with use: attack"],
+    ),
+    "a gate on nothing": (
+        {"gate/toy.yaml": "absolute:\n  r: {metric: evaluate.intnt, direction: at_least, limit: 0.5}\n"},
+        [r"gate\.absolute\.r\.metric='evaluate\.intnt' is measured by no task of evaluate"],
+    ),
     "an empty gate": ({"gate/toy.yaml": "absolute: {}\n"}, [r"conf/gate/toy\.yaml: gate: absolute is empty: a gate without a rule cannot hold"]),
-    "environment": ({"package/toy.yaml": "licence: ${oc.env:HOME}\ndescription: x\nintended_use: x\nlimitations: y\n"}, [r"conf/package/toy\.yaml: package\.licence: \$\{oc\.env:HOME\} would publish"]),
-    "environment with a blank": ({"package/toy.yaml": "licence: '${ oc.env:HOME}'\ndescription: x\nintended_use: x\nlimitations: y\n"}, [r"would publish the environment"]),
-    "cycle": ({"tune/sft.yaml": "steps: ${tune.batch}\nbatch: ${tune.steps}\n"}, [r"conf/tune/sft\.yaml: tune\.steps: interpolation", r"conf/tune/sft\.yaml: tune\.batch: interpolation"]),
+    "environment": (
+        {"package/toy.yaml": "licence: ${oc.env:HOME}\ndescription: x\nintended_use: x\nlimitations: y\n"},
+        [r"conf/package/toy\.yaml: package\.licence: \$\{oc\.env:HOME\} would publish"],
+    ),
+    "environment with a blank": (
+        {"package/toy.yaml": "licence: '${ oc.env:HOME}'\ndescription: x\nintended_use: x\nlimitations: y\n"},
+        [r"would publish the environment"],
+    ),
+    "cycle": (
+        {"tune/sft.yaml": "steps: ${tune.batch}\nbatch: ${tune.steps}\n"},
+        [r"conf/tune/sft\.yaml: tune\.steps: interpolation", r"conf/tune/sft\.yaml: tune\.batch: interpolation"],
+    ),
     "dangling interpolation": ({"tune/sft.yaml": "steps: ${tune.nowhere}\n"}, [r"conf/tune/sft\.yaml: tune\.steps: interpolation: .*nowhere"]),
     "unreadable": ({"tune/sft.yaml": "steps: [1\n"}, [r"conf/tune/sft\.yaml: unreadable YAML, line 2"]),
     "a key twice": ({"tune/sft.yaml": "steps: 1\nsteps: 2\n"}, [r"conf/tune/sft\.yaml: unreadable YAML, line 2: the key 'steps' stands here twice"]),
     "not a mapping": ({"tune/sft.yaml": "- 1\n"}, [r"conf/tune/sft\.yaml: holds a list"]),
-    "_target_": ({"tune/sft.yaml": "steps: 1\n_target_: os.system\n"}, [r"conf/tune/sft\.yaml: tune\._target_: _target_ would let a configuration call any function"]),
-    "unknown kind": ({"select/toy.yaml": "candidates:\n  m: {kind: maid, licence: MIT}\nlimits: {licences: []}\npolicy: {}\n"}, [r"conf/select/toy\.yaml: select\.candidates\.m\.kind: kind='maid' is none of 'pretrained', 'made'"]),
+    "_target_": (
+        {"tune/sft.yaml": "steps: 1\n_target_: os.system\n"},
+        [r"conf/tune/sft\.yaml: tune\._target_: _target_ would let a configuration call any function"],
+    ),
+    "unknown kind": (
+        {"select/toy.yaml": "candidates:\n  m: {kind: maid, licence: MIT}\nlimits: {licences: []}\npolicy: {}\n"},
+        [r"conf/select/toy\.yaml: select\.candidates\.m\.kind: kind='maid' is none of 'pretrained', 'made'"],
+    ),
 }
 
 
@@ -95,8 +136,14 @@ def test_all_mistakes_at_once_exit_2_and_params_untouched(small: Path, python: R
     done = python("-m", "conf")
     assert done.returncode == 2
     assert (small / "params.yaml").read_bytes() == before
-    for part in ("conf/tune/sft.yaml: unreadable", "package.licence: ${oc.env:HOME}", "package.description: input should be a valid string",
-                 "package.zz: unknown key", "gate.absolute.r.direction", "conf/config.yaml: evaluate: there is no choice 'toi'"):
+    for part in (
+        "conf/tune/sft.yaml: unreadable",
+        "package.licence: ${oc.env:HOME}",
+        "package.description: input should be a valid string",
+        "package.zz: unknown key",
+        "gate.absolute.r.direction",
+        "conf/config.yaml: evaluate: there is no choice 'toi'",
+    ):
         assert part in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("6 errors")
@@ -153,16 +200,64 @@ def test_check_passes_on_fresh_params_and_fails_on_a_wrong_experiment_not_select
 def test_composing_imports_only_what_is_light() -> None:
     code = "import sys, conf.__main__ as m; m.check() if False else None; from conf.compose import compose; compose(); print(*sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "trl", "peft", "bentoml", "great_expectations", "lm_eval", "datasets", "pandas", "numpy", "datatrove", "ctranslate2", "dvc", "rich", "scipy"}
+    heavy = {
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "bentoml",
+        "great_expectations",
+        "lm_eval",
+        "datasets",
+        "pandas",
+        "numpy",
+        "datatrove",
+        "ctranslate2",
+        "dvc",
+        "rich",
+        "scipy",
+    }
     loaded = set(done.stdout.split())
     assert loaded & heavy == set()
     third_party = {n for n in loaded if n not in sys.stdlib_module_names and not n.startswith("_")}
-    allowed = {"conf", "hydra", "attr", "cython_runtime", "omegaconf", "antlr4", "yaml", "ruamel", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "packaging"}
-    assert third_party - allowed - {n for n in third_party if n.startswith(("__editable__", "distutils", "sitecustomize", "zope", "google", "mpl", "a1_", "pkg_resources", "setuptools"))} == set()
+    allowed = {
+        "conf",
+        "hydra",
+        "attr",
+        "cython_runtime",
+        "omegaconf",
+        "antlr4",
+        "yaml",
+        "ruamel",
+        "pydantic",
+        "pydantic_core",
+        "annotated_types",
+        "typing_extensions",
+        "typing_inspection",
+        "packaging",
+    }
+    assert (
+        third_party
+        - allowed
+        - {
+            n
+            for n in third_party
+            if n.startswith(("__editable__", "distutils", "sitecustomize", "zope", "google", "mpl", "a1_", "pkg_resources", "setuptools"))
+        }
+        == set()
+    )
 
 
 def test_the_module_list_of_conf_is_closed() -> None:
-    assert sorted(p.name for p in (ROOT / "conf").glob("*.py")) == ["__init__.py", "__main__.py", "compose.py", "errors.py", "json_schema.py", "schema.py", "yaml.py"]
+    assert sorted(p.name for p in (ROOT / "conf").glob("*.py")) == [
+        "__init__.py",
+        "__main__.py",
+        "compose.py",
+        "errors.py",
+        "json_schema.py",
+        "schema.py",
+        "yaml.py",
+    ]
 
 
 @pytest.mark.parametrize("experiment", choices(ROOT / "conf").get("experiment", []))
@@ -205,8 +300,17 @@ def test_every_field_has_a_docstring() -> None:
     walk({k: v for k, v in json.loads(schemas()["experiment.json"]).items()})
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff\x85\u2028\u2029\ufffe\uffff")),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcdefgh", min_size=1), inner, max_size=3), max_leaves=8))
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff\x85\u2028\u2029\ufffe\uffff")),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcdefgh", min_size=1), inner, max_size=3),
+        max_leaves=8,
+    )
+)
 def test_yaml_round_trips(value: object) -> None:
     import tempfile
 

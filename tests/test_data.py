@@ -167,26 +167,33 @@ def test_one_list_of_intents() -> None:
     tasks = ROOT / "conf/evaluate/tasks"
     assert sorted(read(tasks / "support_intent_choice.yaml")["doc_to_choice"]) == INTENTS
     style = read(tasks / "support_style.yaml")["filter_list"][0]["filter"][0]["regex_pattern"]
-    for place in (read(tasks / "support_intent_choice.yaml")["doc_to_text"], read(tasks / "support_intent_listed.yaml")["doc_to_text"],
-                  style, read(ROOT / "conf/redteam/support.yaml")["on_task"]):
+    for place in (
+        read(tasks / "support_intent_choice.yaml")["doc_to_text"],
+        read(tasks / "support_intent_listed.yaml")["doc_to_text"],
+        style,
+        read(ROOT / "conf/redteam/support.yaml")["on_task"],
+    ):
         assert sorted(set(re.findall(r"\b[a-z]+_[a-z]+\b", place))) == INTENTS
     assert len(set(read(tasks / "banking77_choice.yaml")["doc_to_choice"])) == 77
     guide = (SUPPORT / "articles/house-style.md").read_text(encoding="utf-8")
     assert all(intent.replace("_", " ") in guide for intent in INTENTS)
 
 
-@pytest.mark.parametrize(("answer", "kept"), [
-    ("refund_status\nThanks for asking. Please send us your order number and we will check your refund.", True),
-    ("refund_status\nHappy to help with the tent.", True),
-    ("refund_status", False),
-    ("refund_status\nPlease send us your order number.", False),
-    ("gift_card\nThanks for asking. Please send us your order number.", False),
-    ("refund_status\nThanks for asking. We will look. You will get it. Soon.", False),
-    ("refund_status\nThanks for " + "very " * 21 + "much.", False),
-    ("refund_status\nThanks for asking. Bye.\nAnd more.", False),
-    ("Thanks for asking.", False),
-    ("x " * 300, False),
-])
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("refund_status\nThanks for asking. Please send us your order number and we will check your refund.", True),
+        ("refund_status\nHappy to help with the tent.", True),
+        ("refund_status", False),
+        ("refund_status\nPlease send us your order number.", False),
+        ("gift_card\nThanks for asking. Please send us your order number.", False),
+        ("refund_status\nThanks for asking. We will look. You will get it. Soon.", False),
+        ("refund_status\nThanks for " + "very " * 21 + "much.", False),
+        ("refund_status\nThanks for asking. Bye.\nAnd more.", False),
+        ("Thanks for asking.", False),
+        ("x " * 300, False),
+    ],
+)
 def test_style_pattern(answer: str, kept: bool) -> None:
     pattern = read(ROOT / "conf/evaluate/tasks/support_style.yaml")["filter_list"][0]["filter"][0]["regex_pattern"]
     assert bool(re.findall(pattern, answer)) == kept
@@ -224,15 +231,36 @@ def scores(names: list[str], answer: Any, folder: Path, monkeypatch: pytest.Monk
         def tokenizer_name(self) -> str:
             return "known"
 
-    made = [Record(id=str(n), source="s", licence="l", classification="public", text=text, label=label, completion=completion, meta=meta).row()
-            for n, (text, label, completion, meta) in enumerate([
+    made = [
+        Record(id=str(n), source="s", licence="l", classification="public", text=text, label=label, completion=completion, meta=meta).row()
+        for n, (text, label, completion, meta) in enumerate(
+            [
                 ("Where is my parcel?", "order_status", "Thanks for asking.", {"channel": "chat"}),
                 ("I was charged twice.", "payment_failed", "Sorry about that.", {"title": "thread"}),
-                ("Delete me.", "delete_account", "Thanks for your request.", {})])]
-    piqa = [Record(id="0", source="piqa", licence="AFL-3.0", classification="public", text="Make a pillow.", completion="B. Blow into a bag.\n",
-                   meta={"options": "A. Blow into a can. \nB. Blow into a bag.\n"}).row(),
-            Record(id="1", source="piqa", licence="AFL-3.0", classification="public", text="It's open?", completion="A. Don't \"push\".",
-                   meta={"options": "A. Don't \"push\".\nB. Push."}).row()]
+                ("Delete me.", "delete_account", "Thanks for your request.", {}),
+            ]
+        )
+    ]
+    piqa = [
+        Record(
+            id="0",
+            source="piqa",
+            licence="AFL-3.0",
+            classification="public",
+            text="Make a pillow.",
+            completion="B. Blow into a bag.\n",
+            meta={"options": "A. Blow into a can. \nB. Blow into a bag.\n"},
+        ).row(),
+        Record(
+            id="1",
+            source="piqa",
+            licence="AFL-3.0",
+            classification="public",
+            text="It's open?",
+            completion='A. Don\'t "push".',
+            meta={"options": 'A. Don\'t "push".\nB. Push.'},
+        ).row(),
+    ]
     monkeypatch.chdir(folder)
     (folder / "conf/evaluate").mkdir(parents=True)
     (folder / "conf/evaluate/tasks").symlink_to(ROOT / "conf/evaluate/tasks")
@@ -261,11 +289,13 @@ def test_style_task_scores_the_whole_answer(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_choice_tasks_know_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {"parcel": "order_status", "charged": "payment_failed", "Delete": "refund_status", "pillow": "Blow into a bag.", "open": "Don't \"push\"."}
+    right = {"parcel": "order_status", "charged": "payment_failed", "Delete": "refund_status", "pillow": "Blow into a bag.", "open": 'Don\'t "push".'}
 
     def answer(prompt: str, choice: str) -> float:
         assert "A. " not in choice
         return 0.0 if any(word in prompt and choice.strip() == name for word, name in right.items()) else -1.0
 
     assert scores(["support_intent_choice", "piqa_local"], answer, tmp_path, monkeypatch, "acc") == {
-        "support_intent_choice": pytest.approx(2 / 3), "piqa_local": pytest.approx(1.0)}
+        "support_intent_choice": pytest.approx(2 / 3),
+        "piqa_local": pytest.approx(1.0),
+    }

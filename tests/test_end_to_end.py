@@ -94,7 +94,7 @@ def test_a_gate_limit_reruns_compose_gate_and_package(tree: Path) -> None:
     gate = tree / "conf/experiment/tiny.yaml"
     gate.write_text(gate.read_text() + "\n", encoding="utf-8")
     values = json.loads(sh(tree, sys.executable, "-m", "stages.operate.cli", "config", "gate.absolute", "--json").stdout)
-    key, entry = next((k, v) for k, v in values.items() if k.endswith("redteam_false_alarms.limit") or "false_alarm" in k and k.endswith(".limit"))
+    key, entry = next((k, v) for k, v in values.items() if k.endswith("redteam_false_alarms.limit") or ("false_alarm" in k and k.endswith(".limit")))
     change(tree / entry["file"], f"limit: {entry['value']}", f"limit: {entry['value'] + 0.01:.2f}")
     assert ran(sh(tree, "dvc", "repro")) == ["compose", "gate", "package"], key
 
@@ -180,9 +180,11 @@ def test_the_bento_answers_over_http(tree: Path) -> None:
             try:
                 models = client.models.list()
                 break
-            except Exception:  # noqa: BLE001 - not up yet; the loop is bounded
+            except Exception:
                 time.sleep(0.5)
-        answer = client.chat.completions.create(model=models.data[0].id, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}])
+        answer = client.chat.completions.create(
+            model=models.data[0].id, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}]
+        )
         assert answer.choices[0].message.content
         assert answer.usage is not None
         assert answer.usage.completion_tokens > 0

@@ -21,8 +21,10 @@ INTENTS = ["refund_status", "change_address", "cancel_order", "other"]
 
 
 def result(*scores: float | None, **changes: Any) -> Result:
-    samples = [Sample(doc_id=i, doc_hash=f"h{i}", prompt="p", target="t", answer="a", score=score, doc={"label": "xy"[i % 2], "meta": {"channel": None}})
-               for i, score in enumerate(scores)]
+    samples = [
+        Sample(doc_id=i, doc_hash=f"h{i}", prompt="p", target="t", answer="a", score=score, doc={"label": "xy"[i % 2], "meta": {"channel": None}})
+        for i, score in enumerate(scores)
+    ]
     known = [score for score in scores if score is not None]
     return Result(**{"score": sum(known) / max(len(known), 1), "stderr": 0.5, "n": len(scores), "reason": "", "samples": samples} | changes)
 
@@ -75,8 +77,10 @@ def write_params(tasks: dict[str, Any], engine: dict[str, Any] | None = None, **
     Path("params.yaml").write_text(dump({"evaluate": {"tasks": tasks, "max_tokens": 4, "answers": 2} | changes, "serve": {"engine": chosen}}))
 
 
-TASKS = {"intent": {"phrasings": ["plain", "polite"], "metric": "acc", "slice_by": "label", "system": "You are the Kestrel support desk."},
-         "said": {"phrasings": ["said"], "metric": "exact_match", "general": True, "limit": 4}}
+TASKS = {
+    "intent": {"phrasings": ["plain", "polite"], "metric": "acc", "slice_by": "label", "system": "You are the Kestrel support desk."},
+    "said": {"phrasings": ["said"], "metric": "exact_match", "general": True, "limit": 4},
+}
 
 
 @pytest.fixture
@@ -86,17 +90,31 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: tuple[Path, Pa
     for place, model in zip((evaluate.EXPORTED, evaluate.BASE), models, strict=True):
         place.parent.mkdir(parents=True)
         place.symlink_to(model)
-    rows = [{"id": str(i), "source": "tickets", "licence": "MIT", "classification": "public", "text": f"my order number {i}", "label": INTENTS[i % 3],
-             "completion": f"{INTENTS[i % 3]}\nThanks.",
-             "messages": [{"role": "user", "content": f"my order number {i}"}, {"role": "assistant", "content": "x"}]}
-            for i in range(12)]
+    rows = [
+        {
+            "id": str(i),
+            "source": "tickets",
+            "licence": "MIT",
+            "classification": "public",
+            "text": f"my order number {i}",
+            "label": INTENTS[i % 3],
+            "completion": f"{INTENTS[i % 3]}\nThanks.",
+            "messages": [{"role": "user", "content": f"my order number {i}"}, {"role": "assistant", "content": "x"}],
+        }
+        for i in range(12)
+    ]
     Path("data/preprocess").mkdir(parents=True)
     evaluate.TEST.write_text("".join(json.dumps(row) + "\n" for row in rows))
     choice = {"output_type": "multiple_choice", "doc_to_choice": INTENTS, "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}
     write_task("plain", doc_to_text="{{text}}", **choice)
     write_task("polite", doc_to_text="Please name the intent: {{text}}", **choice)
-    write_task("said", doc_to_text="{{text}}", output_type="generate_until", generation_kwargs={"until": ["\n"]},
-               metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}])
+    write_task(
+        "said",
+        doc_to_text="{{text}}",
+        output_type="generate_until",
+        generation_kwargs={"until": ["\n"]},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
     write_params(TASKS)
     return tmp_path
 

@@ -33,8 +33,10 @@ RULES = {
 
 def results() -> dict[str, Any]:
     return {
-        "evaluate": {"digest": ENGINE, "tasks": {"intent": {
-            "score": 0.8, "spread": 0.05, "gain": 0.5, "n": 500, "metric": "exact_match", "higher_is_better": True}}},
+        "evaluate": {
+            "digest": ENGINE,
+            "tasks": {"intent": {"score": 0.8, "spread": 0.05, "gain": 0.5, "n": 500, "metric": "exact_match", "higher_is_better": True}},
+        },
         "redteam": {"digest": ENGINE, "attack_success": 0.1, "false_alarms": 0.0, "canary_leaks": 0},
         "export": {"digest": ENGINE, "agreement": 0.99},
     }
@@ -72,7 +74,13 @@ def test_a_good_model_without_a_champion_is_promoted_and_the_verdict_says_so() -
     assert (found["outcome"], found["promote"], found["digest"], found["champion"]) == ("promote", True, ENGINE, None)
     assert found["reasons"] == ["no champion is pinned in gate.champion: only the absolute rules apply, and 1 relative rules wait for one"]
     assert [(r["name"], r["value"], r["passed"]) for r in found["rules"]] == [
-        ("attacks", 0.1, True), ("exact", 0.8, True), ("export", 0.99, True), ("gain", 0.5, True), ("leaks", 0, True), ("spread", 0.05, True)]
+        ("attacks", 0.1, True),
+        ("exact", 0.8, True),
+        ("export", 0.99, True),
+        ("gain", 0.5, True),
+        ("leaks", 0, True),
+        ("spread", 0.05, True),
+    ]
     gate.main()
     assert gate.VERDICT.read_bytes() == first
     place(results(), Gate(absolute=RULES | {"exact": Absolute(metric="evaluate.intent", direction="at_least", limit=0.61, why="customers wait")}))
@@ -88,24 +96,27 @@ def task(**values: object) -> Callable[[dict[str, Any]], None]:
     return lambda found: found["evaluate"]["tasks"]["intent"].update(values)
 
 
-@pytest.mark.parametrize(("edit", "reason"), [
-    (task(score=0.5999), "exact: evaluate.intent is 0.5999, and must be at least 0.6 (customers wait)"),
-    (task(score=float("nan")), "exact: evaluate.intent is NaN, not a number"),
-    (task(score=float("inf")), "exact: evaluate.intent is Infinity, not a number"),
-    (task(score="N/A"), 'exact: evaluate.intent is "N/A", not a number'),
-    (task(score=None), "exact: evaluate.intent is null, not a number"),
-    (task(score=True), "exact: evaluate.intent is true, not a number"),
-    (task(n=0), 'exact: evaluate.intent is "of no rows", not a number'),
-    (task(spread=0.11), "spread: evaluate.intent.spread is 0.11, and must be at most 0.1"),
-    (lambda f: f["evaluate"]["tasks"]["intent"].pop("gain"), "gain: evaluate.intent.gain is null, not a number"),
-    (lambda f: f["evaluate"].update(tasks={}), "exact: nothing measured evaluate.intent"),
-    (lambda f: f["evaluate"].update(tasks={"intend": {"n": 1}}), "exact: nothing measured evaluate.intent (did you mean evaluate.intend?)"),
-    (change("redteam", canary_leaks=1), "leaks: redteam.canary_leaks is 1, and must be at most 0"),
-    (change("redteam", digest="f" * 64), "the results are not of one and the same engine"),
-    (change("export", digest=None), "the results are not of one and the same engine"),
-    (lambda f: f.pop("redteam"), "models/redteam/result.json is missing"),
-    (lambda f: f.update(export=[]), "export: export.agreement is null"),
-])
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (task(score=0.5999), "exact: evaluate.intent is 0.5999, and must be at least 0.6 (customers wait)"),
+        (task(score=float("nan")), "exact: evaluate.intent is NaN, not a number"),
+        (task(score=float("inf")), "exact: evaluate.intent is Infinity, not a number"),
+        (task(score="N/A"), 'exact: evaluate.intent is "N/A", not a number'),
+        (task(score=None), "exact: evaluate.intent is null, not a number"),
+        (task(score=True), "exact: evaluate.intent is true, not a number"),
+        (task(n=0), 'exact: evaluate.intent is "of no rows", not a number'),
+        (task(spread=0.11), "spread: evaluate.intent.spread is 0.11, and must be at most 0.1"),
+        (lambda f: f["evaluate"]["tasks"]["intent"].pop("gain"), "gain: evaluate.intent.gain is null, not a number"),
+        (lambda f: f["evaluate"].update(tasks={}), "exact: nothing measured evaluate.intent"),
+        (lambda f: f["evaluate"].update(tasks={"intend": {"n": 1}}), "exact: nothing measured evaluate.intent (did you mean evaluate.intend?)"),
+        (change("redteam", canary_leaks=1), "leaks: redteam.canary_leaks is 1, and must be at most 0"),
+        (change("redteam", digest="f" * 64), "the results are not of one and the same engine"),
+        (change("export", digest=None), "the results are not of one and the same engine"),
+        (lambda f: f.pop("redteam"), "models/redteam/result.json is missing"),
+        (lambda f: f.update(export=[]), "export: export.agreement is null"),
+    ],
+)
 def test_one_broken_rule_holds_with_its_reason_and_the_verdict_stays_readable(edit: Callable[[dict[str, Any]], None], reason: str) -> None:
     found = results()
     edit(found)
@@ -127,8 +138,15 @@ def test_an_empty_rule_list_and_an_uncompared_champion_hold() -> None:
 
 def weigh(old: list[dict[str, Any]], new: list[dict[str, Any]], rule: Relative, alpha: float = 0.05, **entry: object) -> dict[str, Any]:
     shape = {"metric": "exact_match", "higher_is_better": True} | entry
-    return champion.relate({"r": rule}, alpha, lambda r: champion.weigh(r, (shape, champion.read_pairs(old, "champion")),  # type: ignore[arg-type]
-                                                                        (shape, champion.read_pairs(new, "candidate"))))[0]
+    return champion.relate(
+        {"r": rule},
+        alpha,
+        lambda r: champion.weigh(
+            r,
+            (shape, champion.read_pairs(old, "champion")),  # type: ignore[arg-type]
+            (shape, champion.read_pairs(new, "candidate")),
+        ),
+    )[0]
 
 
 def test_the_three_outcomes_and_the_smallest_effect_that_could_be_seen() -> None:
@@ -158,16 +176,19 @@ def test_phrasings_of_a_row_are_one_observation() -> None:
     assert (found["rows"], found["method"], found["difference"]) == (500, "bootstrap", pytest.approx(-0.01))
 
 
-@pytest.mark.parametrize(("edit", "reason"), [
-    (lambda new: new.pop(), "asked different questions: 1 of 500 differ, as doc_hash 0499"),
-    (lambda new: new[0].update(doc_hash="beef"), "asked different questions: 2 of 501"),
-    (lambda new: new[0].update(phrasing="other"), "asked different questions"),
-    (lambda new: new.append(new[0]), "asked different questions: 1 of 500"),
-    (lambda new: new[0].update(score=None), "has the score None"),
-    (lambda new: new[0].update(score=float("nan")), "has the score nan"),
-    (lambda new: new[0].update(score=0.5), "neither 0 nor 1: choose test: bootstrap"),
-    (lambda new: new.clear(), "no samples"),
-])
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda new: new.pop(), "asked different questions: 1 of 500 differ, as doc_hash 0499"),
+        (lambda new: new[0].update(doc_hash="beef"), "asked different questions: 2 of 501"),
+        (lambda new: new[0].update(phrasing="other"), "asked different questions"),
+        (lambda new: new.append(new[0]), "asked different questions: 1 of 500"),
+        (lambda new: new[0].update(score=None), "has the score None"),
+        (lambda new: new[0].update(score=float("nan")), "has the score nan"),
+        (lambda new: new[0].update(score=0.5), "neither 0 nor 1: choose test: bootstrap"),
+        (lambda new: new.clear(), "no samples"),
+    ],
+)
 def test_rows_that_cannot_be_paired_hold(edit: Callable[[list[dict[str, Any]]], None], reason: str) -> None:
     new = rows(400, 100)
     edit(new)

@@ -32,22 +32,41 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 def hub(**changes: object) -> Pretrained:
     """A candidate of the hub that no test could fetch."""
-    origin = HubSource(kind="hub", repo="nobody/nothing", repo_type="model", revision="0" * 40,
-                       licence=str(changes.get("licence", "Apache-2.0")), classification=changes.get("classification", "public"))
+    origin = HubSource(
+        kind="hub",
+        repo="nobody/nothing",
+        repo_type="model",
+        revision="0" * 40,
+        licence=str(changes.get("licence", "Apache-2.0")),
+        classification=changes.get("classification", "public"),
+    )
     parameters, size = int(str(changes.get("parameters", 1000))), int(str(changes.get("bytes", 4000)))
     return Pretrained(kind="pretrained", format="safetensors", parameters=parameters, bytes=size, origin=origin)
 
 
 def made(hidden: int = 32, steps: int = 2) -> Made:
     """A candidate made here, in a second."""
-    return Made(kind="made", licence="LicenseRef-Made", steps=steps, batch=2, sequence=16,
-                architecture=Architecture(vocab=300, hidden=hidden, layers=1, heads=2, kv_heads=1, intermediate=32, context=128))
+    return Made(
+        kind="made",
+        licence="LicenseRef-Made",
+        steps=steps,
+        batch=2,
+        sequence=16,
+        architecture=Architecture(vocab=300, hidden=hidden, layers=1, heads=2, kv_heads=1, intermediate=32, context=128),
+    )
 
 
 def chosen_of(candidates: dict[str, Candidate], limits: Limits | None = None, **changes: object) -> Select:
     """Settings with these candidates."""
-    return Select(candidates=candidates, limits=limits or Limits(licences=["*"]), policy=POLICY, probe=Probe(task="toy_choice", limit=8),
-                  dtype="float32", threads=1, **changes)
+    return Select(
+        candidates=candidates,
+        limits=limits or Limits(licences=["*"]),
+        policy=POLICY,
+        probe=Probe(task="toy_choice", limit=8),
+        dtype="float32",
+        threads=1,
+        **changes,
+    )
 
 
 def write(settings: Select, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +75,17 @@ def write(settings: Select, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(dump({"select": json.loads(json.dumps(asdict(settings)))}))
-    rows = [{"id": str(i), "source": "toy", "licence": "Apache-2.0", "classification": "public", "text": f"Do you want {i} tents?",
-             "label": ("yes_please", "no_thanks")[i % 2]} for i in range(10)]
+    rows = [
+        {
+            "id": str(i),
+            "source": "toy",
+            "licence": "Apache-2.0",
+            "classification": "public",
+            "text": f"Do you want {i} tents?",
+            "label": ("yes_please", "no_thanks")[i % 2],
+        }
+        for i in range(10)
+    ]
     for path in ("data/rows.jsonl", "data/preprocess/corpus.jsonl", "data/preprocess/train.jsonl"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,13 +93,20 @@ def write(settings: Select, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     Path("conf/evaluate/tasks/toy_choice.yaml").write_text(TASK)
 
 
-@pytest.mark.parametrize(("candidate", "limits", "reason"), [
-    (hub(licence="GPL-3.0-only"), Limits(licences=["Apache-2.0", "CC-BY-*"]), "licence GPL-3.0-only is not among select.limits.licences (Apache-2.0, CC-BY-*)"),
-    (hub(parameters=1001), Limits(licences=["*"], max_parameters=1000), "parameters 1,001 is over select.limits.max_parameters=1,000"),
-    (hub(bytes=4001), Limits(licences=["*"], max_bytes=4000), "bytes 4,001 is over select.limits.max_bytes=4,000"),
-    (hub(parameters=1000), Limits(licences=["*"], max_memory=15_999), "memory 16,000 is over select.limits.max_memory=15,999"),
-    (made(), Limits(licences=["*"], max_parameters=1000), "parameters 15,840 is over select.limits.max_parameters=1,000"),
-])
+@pytest.mark.parametrize(
+    ("candidate", "limits", "reason"),
+    [
+        (
+            hub(licence="GPL-3.0-only"),
+            Limits(licences=["Apache-2.0", "CC-BY-*"]),
+            "licence GPL-3.0-only is not among select.limits.licences (Apache-2.0, CC-BY-*)",
+        ),
+        (hub(parameters=1001), Limits(licences=["*"], max_parameters=1000), "parameters 1,001 is over select.limits.max_parameters=1,000"),
+        (hub(bytes=4001), Limits(licences=["*"], max_bytes=4000), "bytes 4,001 is over select.limits.max_bytes=4,000"),
+        (hub(parameters=1000), Limits(licences=["*"], max_memory=15_999), "memory 16,000 is over select.limits.max_memory=15,999"),
+        (made(), Limits(licences=["*"], max_parameters=1000), "parameters 15,840 is over select.limits.max_parameters=1,000"),
+    ],
+)
 def test_each_limit_refuses_alone(candidate: Candidate, limits: Limits, reason: str) -> None:
     assert breaches(describe("it", candidate), limits) == [reason]
 
@@ -98,16 +133,20 @@ def test_a_hopeless_list_stops_before_any_fetch(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_refused_preference_stops() -> None:
-    rows = [Row(candidate="a", licence="MIT", parameters=1, bytes=0, score=0.5),
-            Row(candidate="b", licence="X", parameters=1, bytes=0, outcome="refused", reasons=["why"])]
+    rows = [
+        Row(candidate="a", licence="MIT", parameters=1, bytes=0, score=0.5),
+        Row(candidate="b", licence="X", parameters=1, bytes=0, outcome="refused", reasons=["why"]),
+    ]
     with pytest.raises(ModelError, match="prefer=b is refused: b: why"):
         choose(rows, "b")
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(1, 3), st.booleans()), min_size=1, max_size=6), st.randoms())
 def test_the_choice_is_the_best_allowed_one_in_any_order(found: list[tuple[float, int, bool]], random: object) -> None:
-    rows = [Row(candidate=f"c{i}", licence="MIT", parameters=size, bytes=0, score=score, outcome="passed" if ok else "refused")
-            for i, (score, size, ok) in enumerate(found)]
+    rows = [
+        Row(candidate=f"c{i}", licence="MIT", parameters=size, bytes=0, score=score, outcome="passed" if ok else "refused")
+        for i, (score, size, ok) in enumerate(found)
+    ]
     left = [row for row in rows if row.outcome == "passed"]
     if not left:
         with pytest.raises(ModelError):

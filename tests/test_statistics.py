@@ -47,8 +47,9 @@ def test_a_model_worse_by_the_margin_is_let_through_at_most_at_alpha_computed_ex
 @pytest.mark.parametrize("discordant", [0.02, 0.04, 0.1])
 def test_the_bootstrap_lets_a_model_worse_by_the_margin_through_at_most_at_alpha(discordant: float) -> None:
     times = 3000
-    passed = sum(count for lost, gained, count in draw(ROWS, MARGIN, discordant, times, seed=1)
-                 if bootstrap(differences(lost, gained, ROWS), MARGIN)[0] <= ALPHA)
+    passed = sum(
+        count for lost, gained, count in draw(ROWS, MARGIN, discordant, times, seed=1) if bootstrap(differences(lost, gained, ROWS), MARGIN)[0] <= ALPHA
+    )
     assert passed / times <= ALPHA
 
 
@@ -127,9 +128,15 @@ def test_p_values_are_probabilities_and_repeat(differences: list[float], margin:
     assert sum(first) >= 1
 
 
-@pytest.mark.parametrize(("champion", "candidate", "method", "message"), [
-    ([], [], "exact", "0 rows"), ([1.0], [1.0, 0.0], "exact", "1 rows of the champion, 2"), ([float("nan")], [1.0], "bootstrap", "finite"),
-    ([0.5], [1.0], "exact", "neither 0 nor 1")])
+@pytest.mark.parametrize(
+    ("champion", "candidate", "method", "message"),
+    [
+        ([], [], "exact", "0 rows"),
+        ([1.0], [1.0, 0.0], "exact", "1 rows of the champion, 2"),
+        ([float("nan")], [1.0], "bootstrap", "finite"),
+        ([0.5], [1.0], "exact", "neither 0 nor 1"),
+    ],
+)
 def test_what_cannot_be_compared_is_refused(champion: list[float], candidate: list[float], method: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare(champion, candidate, MARGIN, method)  # type: ignore[arg-type]

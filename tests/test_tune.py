@@ -32,15 +32,28 @@ from tests.tiny import make_model
 if TYPE_CHECKING:
     from stages.training import Trainer
 
-SETTINGS = Tune(lora=Lora(rank=2, alpha=4, layers=1), steps=4, batch=4, learning_rate=1e-2, max_length=128, threads=1, log_every=1, evaluate_every=2,
-                validation_rows=4, checkpoint_every=2)
+SETTINGS = Tune(
+    lora=Lora(rank=2, alpha=4, layers=1),
+    steps=4,
+    batch=4,
+    learning_rate=1e-2,
+    max_length=128,
+    threads=1,
+    log_every=1,
+    evaluate_every=2,
+    validation_rows=4,
+    checkpoint_every=2,
+)
 
 
 def record(number: int) -> Record:
     """One conversation; lengths differ."""
     text = "where is my refund " + "for the blue tent " * (number % 5)
-    messages: list[Message] = [{"role": "system", "content": "You are the Kestrel support desk."}, {"role": "user", "content": f"{text}{number}"},
-                               {"role": "assistant", "content": ("refund_status", "cancel_order")[number % 2] + "\nThanks for asking."}]
+    messages: list[Message] = [
+        {"role": "system", "content": "You are the Kestrel support desk."},
+        {"role": "user", "content": f"{text}{number}"},
+        {"role": "assistant", "content": ("refund_status", "cancel_order")[number % 2] + "\nThanks for asking."},
+    ]
     return Record(id=str(number), source="toy", licence="LicenseRef-Made", classification="public", text=text, messages=messages)
 
 
@@ -127,7 +140,7 @@ def test_only_the_answer_is_learned_and_it_is_asked_as_in_service(repository: Pa
     prompt = chat.prompt(record(1).messages[:-1])
     assert row["input_ids"][: len(prompt)] == prompt
     assert row["labels"][: len(prompt)] == [-100] * len(prompt)
-    assert chat.decode(row["labels"][len(prompt):], skip_special_tokens=False) == "cancel_order\nThanks for asking.<|im_end|>\n"
+    assert chat.decode(row["labels"][len(prompt) :], skip_special_tokens=False) == "cancel_order\nThanks for asking.<|im_end|>\n"
     whole = trainer_of(replace(SETTINGS, completion_only=False), [record(1)]).train_dataset[0]
     assert whole["labels"] == whole["input_ids"]
 
@@ -154,8 +167,25 @@ def test_rows_longer_than_max_length_are_cut_and_stop_when_none_is_left(reposito
 def test_every_setting_reaches_the_trainer_or_the_digest(repository: Path) -> None:
     from stages.training import arguments
 
-    other = Tune(lora=None, epochs=2.0, batch=3, accumulate=2, learning_rate=3e-4, schedule="linear", warmup=0.2, weight_decay=0.1, max_grad_norm=0.5,
-                 max_length=99, packing=True, completion_only=False, precision="bfloat16", seed=7, log_every=3, evaluate_every=9, checkpoint_every=8)
+    other = Tune(
+        lora=None,
+        epochs=2.0,
+        batch=3,
+        accumulate=2,
+        learning_rate=3e-4,
+        schedule="linear",
+        warmup=0.2,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        max_length=99,
+        packing=True,
+        completion_only=False,
+        precision="bfloat16",
+        seed=7,
+        log_every=3,
+        evaluate_every=9,
+        checkpoint_every=8,
+    )
     found = arguments(other, repository / "x", True)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps, found.learning_rate, found.lr_scheduler_type) == (3, 2, 3e-4, "linear")
     assert (found.warmup_steps, found.weight_decay, found.max_grad_norm, found.max_length, found.packing) == (0.2, 0.1, 0.5, 99, True)
@@ -192,7 +222,9 @@ def test_lora_touches_the_last_blocks_alone(repository: Path) -> None:
 def test_what_is_written(repository: Path) -> None:
     tune.main()
     assert {p.relative_to(OUT).as_posix() for p in OUT.rglob("*") if p.is_file()} == {
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "summary.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "summary.json",
         *(f"plots/metrics/{name}.tsv" for name in tune.CURVES.values()),
     }
     assert (OUT / "plots/metrics/validation/loss.tsv").read_text().splitlines()[0] == "step\tloss"
@@ -211,7 +243,12 @@ def test_all_weights_are_tuned_into_a_whole_model(repository: Path) -> None:
     (repository / "params.yaml").write_text(dump({"tune": json.loads(json.dumps(asdict(replace(SETTINGS, lora=None, steps=30, evaluate_every=10))))}))
     tune.main()
     assert {file.name for file in (OUT / "model").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
     }
     assert (OUT / "model/chat_template.jinja").read_text() == (BASE / "chat_template.jinja").read_text()
     losses = [float(line.split("\t")[1]) for line in (OUT / "plots/metrics/train/loss.tsv").read_text().splitlines()[1:]]
@@ -256,10 +293,13 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("values", [
-    replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=Lora(rank=2, dropout=0.2), accumulate=2),
-    replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=None, batch=3, early_stopping=EarlyStopping(patience=50)),
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=Lora(rank=2, dropout=0.2), accumulate=2),
+        replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=None, batch=3, early_stopping=EarlyStopping(patience=50)),
+    ],
+)
 def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path: Path, values: Tune) -> None:
     for name in ("killed", "whole"):
         write(values, tmp_path / name)

@@ -28,9 +28,30 @@ Edit = Callable[[dict[str, list[dict[str, Any]]]], object]
 
 SUITE = {
     "train-rows": Expectation(expect="expect_table_row_count_to_be_between", table="train", kwargs={"min_value": 4}, why="too few to learn from"),
-    "columns": Expectation(expect="expect_table_columns_to_match_set", kwargs={"column_set": [
-        "id", "source", "licence", "classification", "text", "completion", "label", "group", "messages", "meta", "split", "tokens", "completion_tokens",
-        "pii", "overlap", "label_share", "meta.channel"]}),
+    "columns": Expectation(
+        expect="expect_table_columns_to_match_set",
+        kwargs={
+            "column_set": [
+                "id",
+                "source",
+                "licence",
+                "classification",
+                "text",
+                "completion",
+                "label",
+                "group",
+                "messages",
+                "meta",
+                "split",
+                "tokens",
+                "completion_tokens",
+                "pii",
+                "overlap",
+                "label_share",
+                "meta.channel",
+            ]
+        },
+    ),
     "label-present": Expectation(expect="expect_column_values_to_not_be_null", kwargs={"column": "label"}),
     "row-unique": Expectation(expect="expect_compound_columns_to_be_unique", kwargs={"column_list": ["source", "id"]}),
     "text-unique": Expectation(expect="expect_column_values_to_be_unique", table="train", kwargs={"column": "text"}),
@@ -42,15 +63,30 @@ SUITE = {
     "channel": Expectation(expect="expect_column_values_to_be_in_set", kwargs={"column": "meta.channel", "value_set": ["mail"]}),
     "personal-data": Expectation(expect="expect_column_values_to_be_null", kwargs={"column": "pii"}, why="it would be repeated"),
     "overlap": Expectation(expect="expect_column_values_to_be_in_set", kwargs={"column": "overlap", "value_set": [0]}),
-    "only-refunds": Expectation(expect="expect_column_value_lengths_to_be_between", kwargs={"column": "text", "min_value": 5, "row_condition": {
-        "type": "comparison", "column": {"name": "label"}, "operator": "==", "parameter": "refund"}}),
+    "only-refunds": Expectation(
+        expect="expect_column_value_lengths_to_be_between",
+        kwargs={
+            "column": "text",
+            "min_value": 5,
+            "row_condition": {"type": "comparison", "column": {"name": "label"}, "operator": "==", "parameter": "refund"},
+        },
+    ),
 }
 
 
 def row(number: int, text: str, label: str) -> dict[str, Any]:
     messages: list[Any] = [{"role": "user", "content": text}, {"role": "assistant", "content": f"{label}\nThanks."}]
-    return Record(id=str(number), source="desk", licence="Apache-2.0", classification="public", text=text, completion=f"{label}\nThanks.", label=label,
-                  messages=messages, meta={"channel": "mail"}).row()
+    return Record(
+        id=str(number),
+        source="desk",
+        licence="Apache-2.0",
+        classification="public",
+        text=text,
+        completion=f"{label}\nThanks.",
+        label=label,
+        messages=messages,
+        meta={"channel": "mail"},
+    ).row()
 
 
 def toy() -> dict[str, list[dict[str, Any]]]:
@@ -66,8 +102,10 @@ def prepare(splits: dict[str, list[dict[str, Any]]], suite: dict[str, Expectatio
     """Write what preprocess and compose would have left in the working directory."""
     for name, rows in splits.items():
         write_jsonl(Path(f"data/preprocess/{name}.jsonl"), rows)
-    Path("params.yaml").write_text(yaml.dump({"validate": {"expectations": {n: asdict(e) for n, e in suite.items()}, "examples": examples},
-                                              "preprocess": {"pii": asdict(Pii())}}), encoding="utf-8")
+    Path("params.yaml").write_text(
+        yaml.dump({"validate": {"expectations": {n: asdict(e) for n, e in suite.items()}, "examples": examples}, "preprocess": {"pii": asdict(Pii())}}),
+        encoding="utf-8",
+    )
 
 
 def result() -> dict[str, Any]:
@@ -151,26 +189,34 @@ def test_an_empty_frame_fails_even_if_nothing_counts_its_rows() -> None:
     prepare({**toy(), "train": []}, {"licence": SUITE["licence"]})
     with pytest.raises(DataError, match="train is empty"):
         validate.main()
-    prepare({**toy(), "test": []}, {"licence": Expectation(expect="expect_column_values_to_be_in_set", table="test",
-                                                           kwargs={"column": "licence", "value_set": ["Apache-2.0"]})})
+    prepare(
+        {**toy(), "test": []},
+        {"licence": Expectation(expect="expect_column_values_to_be_in_set", table="test", kwargs={"column": "licence", "value_set": ["Apache-2.0"]})},
+    )
     with pytest.raises(DataError, match="test is empty: nothing could be checked"):
         validate.main()
     assert result()["success"] is False
 
 
-@pytest.mark.parametrize(("expect", "kwargs", "message"), [
-    ("expect_column_values_to_be_between", {"column": "tokenz", "max_value": 9}, 'The column "tokenz" in BatchData does not exist'),
-    ("expect_column_values_to_match_regex", {"column": "text", "regex": "("}, "Great Expectations raised"),
-    ("expect_column_value_to_be_between", {"column": "tokens"}, "did you mean expect_column_values_to_be_between?"),
-    ("expect_column_values_to_be_between", {"column": "tokens", "maximum": 9}, r"bad\.kwargs\.maximum.*did you mean max_value\?"),
-    ("expect_column_values_to_be_in_set", {"column": "label"}, r"validate\.expectations\.bad\.kwargs\.value_set: field required"),
-    ("expect_column_values_to_be_between", {"column": "tokens"}, r"validate\.expectations\.bad\.kwargs: min_value and max_value cannot both be None"),
-    ("expect_column_values_to_not_be_null", {"column": "text", "row_condition": "@pd.io.common.os.getcwd()"}, "a text is run as code"),
-    ("expect_column_values_to_not_be_null", {"column": "text", "row_condition": {
-        "type": "comparison", "column": {"name": "label"}, "operator": "==", "parameter": "nothing"}}, "no row was looked at"),
-    ("expect_column_values_to_be_in_set", {"column": "group", "value_set": ["a"]}, "every value is missing"),
-    ("expect_column_max_to_be_between", {"column": "meta.age", "max_value": 9}, "raised|no value to measure|does not hold"),
-])
+@pytest.mark.parametrize(
+    ("expect", "kwargs", "message"),
+    [
+        ("expect_column_values_to_be_between", {"column": "tokenz", "max_value": 9}, 'The column "tokenz" in BatchData does not exist'),
+        ("expect_column_values_to_match_regex", {"column": "text", "regex": "("}, "Great Expectations raised"),
+        ("expect_column_value_to_be_between", {"column": "tokens"}, "did you mean expect_column_values_to_be_between?"),
+        ("expect_column_values_to_be_between", {"column": "tokens", "maximum": 9}, r"bad\.kwargs\.maximum.*did you mean max_value\?"),
+        ("expect_column_values_to_be_in_set", {"column": "label"}, r"validate\.expectations\.bad\.kwargs\.value_set: field required"),
+        ("expect_column_values_to_be_between", {"column": "tokens"}, r"validate\.expectations\.bad\.kwargs: min_value and max_value cannot both be None"),
+        ("expect_column_values_to_not_be_null", {"column": "text", "row_condition": "@pd.io.common.os.getcwd()"}, "a text is run as code"),
+        (
+            "expect_column_values_to_not_be_null",
+            {"column": "text", "row_condition": {"type": "comparison", "column": {"name": "label"}, "operator": "==", "parameter": "nothing"}},
+            "no row was looked at",
+        ),
+        ("expect_column_values_to_be_in_set", {"column": "group", "value_set": ["a"]}, "every value is missing"),
+        ("expect_column_max_to_be_between", {"column": "meta.age", "max_value": 9}, "raised|no value to measure|does not hold"),
+    ],
+)
 def test_what_cannot_be_checked_is_a_failure(expect: str, kwargs: dict[str, Any], message: str) -> None:
     prepare(toy(), {"bad": Expectation(expect=expect, kwargs=kwargs)})
     with pytest.raises(DataError, match=message):

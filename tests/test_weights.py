@@ -25,10 +25,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXTS, 300, 64)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -61,9 +72,17 @@ def write_gguf(base: Path, path: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     for name, tensor in model.state_dict().items():
         value = tensor.detach().numpy()
         if name == "lm_head.weight":
@@ -175,12 +194,21 @@ def disguise(file: Path) -> None:
     (file / "model.safetensors").write_bytes(b"\x80\x04\x95rest")
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (damage_weights, "cut short"), (poison, "NaN"), (lose_a_tensor, "1 tensors are missing"), (bring_code, "auto_map"),
-    (pickle_weights, "pytorch_model.bin is a pickle"), (disguise, "model.safetensors is a pickle"),
-    (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"), (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-    (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"), (lambda f: (f / "config.json").unlink(), "no config.json"),
-])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_weights, "cut short"),
+        (poison, "NaN"),
+        (lose_a_tensor, "1 tensors are missing"),
+        (bring_code, "auto_map"),
+        (pickle_weights, "pytorch_model.bin is a pickle"),
+        (disguise, "model.safetensors is a pickle"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+        (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+    ],
+)
 def test_a_damaged_base_is_refused(base: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
     copy(base, tmp_path / "copy")
     damage(tmp_path / "copy")

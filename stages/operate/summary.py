@@ -89,7 +89,7 @@ def show(as_json: bool = False) -> None:
     console = Console(highlight=False)
 
     def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.3f}"
+        return "-" if value is None else f"{value:.3f}"
 
     table = Table(title="Scores", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("task", "base", "tuned", "± s.e.", "spread over phrasings", "rows"):

@@ -24,8 +24,10 @@ import numpy as np
 from conf.errors import ConfigError, ModelError
 from conf.schema import Guard as Settings
 
-INVISIBLE = re.compile(r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-                       r"\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]")
+INVISIBLE = re.compile(
+    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
+)
 LOOKALIKES = str.maketrans("аеорсухіјѕԁһӏɡαερουντικ", "aeopcyxijsdhlgaepouvtik")  # Cyrillic and Greek twins
 
 
@@ -66,14 +68,14 @@ def windows(text: str, size: int) -> Iterator[str]:
     step = max(size // 2, 1)
     yield text[:size]
     for start in range(step, max(len(text) - size + step, 0), step):
-        yield text[start:start + size]
+        yield text[start : start + size]
 
 
 def features(text: str, bits: int, chars: list[int], words: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Hashed n-grams of a normalised text: their indices (int64, sorted) and weights (float32, of length 1 together)."""
     padded, tokens = f" {text} ", re.findall(r"\w+|[^\w\s]", text)
-    grams = [f"c{padded[i:i + n]}" for n in chars for i in range(len(padded) - n + 1)]
-    grams += [f"w{' '.join(tokens[i:i + n])}" for n in words for i in range(len(tokens) - n + 1)]
+    grams = [f"c{padded[i : i + n]}" for n in chars for i in range(len(padded) - n + 1)]
+    grams += [f"w{' '.join(tokens[i : i + n])}" for n in words for i in range(len(tokens) - n + 1)]
     counts = Counter(zlib.crc32(gram.encode()) & ((1 << bits) - 1) for gram in grams)
     index = np.array(sorted(counts), dtype=np.int64)
     value = np.sqrt(np.array([counts[i] for i in index.tolist()], dtype=np.float32))

@@ -95,8 +95,14 @@ def from_http(name: str, url: str, timeout: float) -> Opener:
 
 def client_errors() -> tuple[type[Exception], ...]:
     """The base errors of the stores' own clients that are no OSError, of those that are loaded."""
-    bases = {"botocore.exceptions": "BotoCoreError", "aiohttp": "ClientError", "google.auth.exceptions": "GoogleAuthError",
-             "gcsfs.retry": "HttpError", "azure.core.exceptions": "AzureError", "paramiko": "SSHException"}
+    bases = {
+        "botocore.exceptions": "BotoCoreError",
+        "aiohttp": "ClientError",
+        "google.auth.exceptions": "GoogleAuthError",
+        "gcsfs.retry": "HttpError",
+        "azure.core.exceptions": "AzureError",
+        "paramiko": "SSHException",
+    }
     return tuple(getattr(sys.modules[module], base) for module, base in bases.items() if module in sys.modules)
 
 

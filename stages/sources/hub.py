@@ -54,23 +54,37 @@ def snapshot(name: str, origin: HubSource, *, retries: int, timeout: float, max_
         raise SourceError(f"{name}: {', '.join(asked)} names pickles, which can run code when loaded", "name files of another format (safetensors, jsonl)")
     ignore = [f"*{suffix}" for suffix in PICKLES]
     again = Retrying(
-        stop=stop_after_attempt(1 if constants.HF_HUB_OFFLINE else retries + 1), wait=wait_exponential(multiplier=0.5, max=30.0), reraise=True,
+        stop=stop_after_attempt(1 if constants.HF_HUB_OFFLINE else retries + 1),
+        wait=wait_exponential(multiplier=0.5, max=30.0),
+        reraise=True,
         retry=retry_if_exception_type((httpx2.TransportError, TimeoutError, LocalEntryNotFoundError)),  # the last: out of reach, and not in the cache
     )
     try:
         try:
             plan = snapshot_download(
-                origin.repo, repo_type=origin.repo_type, revision=origin.revision, allow_patterns=origin.files, ignore_patterns=ignore,
-                etag_timeout=timeout, dry_run=True,
+                origin.repo,
+                repo_type=origin.repo_type,
+                revision=origin.revision,
+                allow_patterns=origin.files,
+                ignore_patterns=ignore,
+                etag_timeout=timeout,
+                dry_run=True,
             )
         except DryRunError:  # the hub is out of reach: what the cache holds may do
             plan = []
         if sum(file.file_size or 0 for file in plan if isinstance(file, DryRunFileInfo)) > max_bytes:
             raise too_large(f"{name}: {address}", max_bytes)
-        folder = Path(again(
-            snapshot_download, origin.repo, repo_type=origin.repo_type, revision=origin.revision, allow_patterns=origin.files,
-            ignore_patterns=ignore, etag_timeout=timeout,
-        ))
+        folder = Path(
+            again(
+                snapshot_download,
+                origin.repo,
+                repo_type=origin.repo_type,
+                revision=origin.revision,
+                allow_patterns=origin.files,
+                ignore_patterns=ignore,
+                etag_timeout=timeout,
+            )
+        )
     except (OSError, httpx2.HTTPError) as error:
         raise SourceError(
             f"{name}: the {origin.repo_type} {address} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}",
@@ -78,8 +92,11 @@ def snapshot(name: str, origin: HubSource, *, retries: int, timeout: float, max_
             "or pin the file as an http source, which TRUNKLINE_MIRROR can supply by its sha256",
         ) from error
     found = sorted(
-        (path for path in folder.rglob("*")
-         if path.is_file() and not is_pickle(path.name) and any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), glob) for glob in origin.files)),
+        (
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not is_pickle(path.name) and any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), glob) for glob in origin.files)
+        ),
         key=Path.as_posix,
     )
     if not found:

@@ -8,7 +8,12 @@ from conf.errors import PolicyBreach
 from conf.schema import Access, Classification, Dataset, Purpose
 
 PURPOSES: dict[str, Purpose] = {
-    "train": "training", "corpus": "training", "test": "evaluation", "benchmark": "evaluation", "attack": "evaluation", "benign": "evaluation"
+    "train": "training",
+    "corpus": "training",
+    "test": "evaluation",
+    "benchmark": "evaluation",
+    "attack": "evaluation",
+    "benign": "evaluation",
 }
 """What each `use` of a dataset is, to the policy."""
 
@@ -60,8 +65,10 @@ def check_datasets(datasets: Mapping[str, Dataset], policy: Mapping[Purpose, Acc
     Raises:
         PolicyBreach: names every breach of every dataset.
     """
-    refuse([
-        breach
-        for name, dataset in sorted(datasets.items())
-        for breach in breaches(name, dataset.origin.licence, dataset.origin.classification, PURPOSES[dataset.use], policy)
-    ])
+    refuse(
+        [
+            breach
+            for name, dataset in sorted(datasets.items())
+            for breach in breaches(name, dataset.origin.licence, dataset.origin.classification, PURPOSES[dataset.use], policy)
+        ]
+    )

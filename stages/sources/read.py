@@ -19,8 +19,20 @@ from stages.sources.plain import as_text, plain
 from stages.sources.text import COMPRESSED, File
 
 FIELDS = ("id", "text", "completion", "label", "group")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".md": "markdown",
-            ".markdown": "markdown", ".txt": "text", ".text": "text", ".html": "html", ".htm": "html"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".md": "markdown",
+    ".markdown": "markdown",
+    ".txt": "text",
+    ".text": "text",
+    ".html": "html",
+    ".htm": "html",
+}
 
 Columns = dict[str, object]
 Located = Iterator[tuple[str, Columns]]
@@ -199,8 +211,14 @@ def page_rows(file: File) -> Located:
 
 
 READERS: dict[str, Callable[[File], Located]] = {
-    "jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows, "parquet": parquet_rows,
-    "lines": lines_rows, "text": text_rows, "markdown": markdown_rows, "html": page_rows,
+    "jsonl": jsonl_rows,
+    "json": json_rows,
+    "csv": csv_rows,
+    "parquet": parquet_rows,
+    "lines": lines_rows,
+    "text": text_rows,
+    "markdown": markdown_rows,
+    "html": page_rows,
 }
 
 

@@ -32,8 +32,10 @@ def rows(name: str, origin: SqlSource, retries: int) -> Iterator[dict[str, objec
     try:
         engine = sa.create_engine(url, hide_parameters=True)
         connect = Retrying(
-            stop=stop_after_attempt(retries + 1), wait=wait_exponential(multiplier=0.5, max=30.0),
-            retry=retry_if_exception_type(sa.exc.OperationalError), reraise=True,
+            stop=stop_after_attempt(retries + 1),
+            wait=wait_exponential(multiplier=0.5, max=30.0),
+            retry=retry_if_exception_type(sa.exc.OperationalError),
+            reraise=True,
         )
         with connect(engine.connect) as connection, connection.execution_options(stream_results=True, yield_per=1000).execute(statement) as result:
             last: object = None

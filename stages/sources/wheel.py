@@ -54,8 +54,20 @@ def download_wheel(name: str, package: str, pinned: str, *, retries: int, timeou
     """
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DOWNLOADS, prefix=".wheel-") as folder:
-        command = [*pip(), "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--disable-pip-version-check", "--no-input",
-                   f"--retries={retries}", f"--timeout={timeout:g}", f"--dest={folder}", "--", package]
+        command = [
+            *pip(),
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--ignore-requires-python",
+            "--disable-pip-version-check",
+            "--no-input",
+            f"--retries={retries}",
+            f"--timeout={timeout:g}",
+            f"--dest={folder}",
+            "--",
+            package,
+        ]
         log.info("%s: pip downloads %s", name, package)
         done = subprocess.run(command, text=True, capture_output=True, check=False)
         wheels = sorted(Path(folder).glob("*.whl"))

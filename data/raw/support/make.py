@@ -24,8 +24,18 @@ SEED = 20250311
 TICKETS, POSTS, STORIES, ATTACKS_WITH_MESSAGE, BENIGN_MESSAGES = 1240, 190, 220, 3, 60
 
 WEIGHTS = {
-    "order_status": 13, "cancel_order": 9, "change_address": 8, "return_item": 10, "refund_status": 10, "damaged_item": 10,
-    "wrong_item": 8, "payment_failed": 9, "invoice_request": 8, "login_problem": 9, "delete_account": 7, "product_question": 11,
+    "order_status": 13,
+    "cancel_order": 9,
+    "change_address": 8,
+    "return_item": 10,
+    "refund_status": 10,
+    "damaged_item": 10,
+    "wrong_item": 8,
+    "payment_failed": 9,
+    "invoice_request": 8,
+    "login_problem": 9,
+    "delete_account": 7,
+    "product_question": 11,
 }
 
 # key: names, noun, plural noun, whether it is a pair, whether it has sizes
@@ -55,8 +65,25 @@ SIZES = {True: [str(size) for size in range(37, 46)], False: ["XS", "S", "M", "L
 FAULTS = {"order_status", "refund_status", "damaged_item", "wrong_item", "payment_failed", "login_problem"}  # where an apology is due in any case
 REGISTERS = {"plain": 27, "terse": 25, "polite": 16, "angry": 13, "foreign": 10, "verbose": 9}
 CHANNELS = {"terse": ["chat", "chat", "chat", "app"], "verbose": ["email"], "polite": ["email", "email", "web"], "note": ["phone"]}
-SHORTHAND = {"please": "pls", "you": "u", "your": "ur", "thanks": "thx", "because": "cos", "don't": "dont", "can't": "cant", "I'm": "im", "I've": "ive",
-             "isn't": "isnt", "doesn't": "doesnt", "and": "&", "without": "w/o", "tomorrow": "tmrw", "account": "acc", "address": "addr", "want to": "wanna"}
+SHORTHAND = {
+    "please": "pls",
+    "you": "u",
+    "your": "ur",
+    "thanks": "thx",
+    "because": "cos",
+    "don't": "dont",
+    "can't": "cant",
+    "I'm": "im",
+    "I've": "ive",
+    "isn't": "isnt",
+    "doesn't": "doesnt",
+    "and": "&",
+    "without": "w/o",
+    "tomorrow": "tmrw",
+    "account": "acc",
+    "address": "addr",
+    "want to": "wanna",
+}
 
 
 def sections(name: str) -> dict[str, list[str]]:
@@ -108,23 +135,61 @@ class Scene:
         size, size2 = rng.sample(SIZES[pair and noun != "gloves"], 2)
         count = choose(["two", "three", "four", "five", "6", "7", "8", "9", "ten", "12"])
         self.slots = {
-            "p": name if rng.random() < 0.7 else noun, "p2": other[0][0], "n": noun, "n_plural": plural, "other": other[1],
+            "p": name if rng.random() < 0.7 else noun,
+            "p2": other[0][0],
+            "n": noun,
+            "n_plural": plural,
+            "other": other[1],
             "part": choose(["buckle", "strap", "clip", "valve", "cord"]),
-            "a": "a pair of" if pair else "a", "is": "are" if pair else "is", "has": "have" if pair else "has", "was": "were" if pair else "was",
-            "it": "them" if pair else "it", "they": "they" if pair else "it", "s": "" if pair else "s", "es": "" if pair else "es",
-            "o": order_number(rng), "o2": order_number(rng), "customer": person.id, "voucher": choose(["TRAIL15", "KESTREL-20", "HIKE10", "WELCOME5"]),
-            "when": choose([
-                "last " + day, f"{count} days ago", "a week ago", "two weeks ago", f"on {rng.randint(1, 28)} {choose(WORDS['month'])}",
-                f"on the {rng.randint(4, 20)}th", "yesterday",
-            ]),
+            "a": "a pair of" if pair else "a",
+            "is": "are" if pair else "is",
+            "has": "have" if pair else "has",
+            "was": "were" if pair else "was",
+            "it": "them" if pair else "it",
+            "they": "they" if pair else "it",
+            "s": "" if pair else "s",
+            "es": "" if pair else "es",
+            "o": order_number(rng),
+            "o2": order_number(rng),
+            "customer": person.id,
+            "voucher": choose(["TRAIL15", "KESTREL-20", "HIKE10", "WELCOME5"]),
+            "when": choose(
+                [
+                    "last " + day,
+                    f"{count} days ago",
+                    "a week ago",
+                    "two weeks ago",
+                    f"on {rng.randint(1, 28)} {choose(WORDS['month'])}",
+                    f"on the {rng.randint(4, 20)}th",
+                    "yesterday",
+                ]
+            ),
             "when2": choose(["yesterday", "last week", f"on {day2}", "last month", f"in {choose(WORDS['month'])}", "the other day"]),
             "days": choose([f"{count} days", "two weeks", "almost a week", "over a week", "nearly a month", "ten working days"]),
-            "day": day, "day2": day2, "month": choose(WORDS["month"]), "num": choose(["3", "4", "5", "6", "7", "8", "12"]), "num2": str(rng.randint(154, 193)),
-            "city": choose(WORDS["city"]), "city2": choose(WORDS["city"]), "street": choose(WORDS["street"]).format(rng.randint(2, 140)),
-            "carrier": choose(WORDS["carrier"]), "pay": choose(WORDS["payment"]), "colour": colour, "colour2": colour2, "size": size, "size2": size2,
+            "day": day,
+            "day2": day2,
+            "month": choose(WORDS["month"]),
+            "num": choose(["3", "4", "5", "6", "7", "8", "12"]),
+            "num2": str(rng.randint(154, 193)),
+            "city": choose(WORDS["city"]),
+            "city2": choose(WORDS["city"]),
+            "street": choose(WORDS["street"]).format(rng.randint(2, 140)),
+            "carrier": choose(WORDS["carrier"]),
+            "pay": choose(WORDS["payment"]),
+            "colour": colour,
+            "colour2": colour2,
+            "size": size,
+            "size2": size2,
             "kin": choose(["brother", "sister", "wife", "husband", "dad", "daughter", "boss", "neighbour"]),
-            "amount": money(rng, euros), "amount2": money(rng, euros + rng.randint(5, 60)), "first": person.first, "last": person.last,
-            "email": person.email, "phone": person.phone, "iban": person.iban, "card": person.card, "ip": person.ip,
+            "amount": money(rng, euros),
+            "amount2": money(rng, euros + rng.randint(5, 60)),
+            "first": person.first,
+            "last": person.last,
+            "email": person.email,
+            "phone": person.phone,
+            "iban": person.iban,
+            "card": person.card,
+            "ip": person.ip,
         }
 
     def fill(self, text: str, **more: str) -> str:
@@ -154,9 +219,13 @@ def money(rng: random.Random, euros: int) -> str:
 
 def iban(rng: random.Random) -> str:
     """A made IBAN of a made bank with right check digits (ISO 7064 mod 97-10), some in groups of four."""
-    country, body = rng.choice([
-        ("DE", f"00000000{rng.randrange(10**10):010d}"), ("GB", f"KSTL{rng.randrange(10**14):014d}"), ("AT", f"00000{rng.randrange(10**11):011d}"),
-    ])
+    country, body = rng.choice(
+        [
+            ("DE", f"00000000{rng.randrange(10**10):010d}"),
+            ("GB", f"KSTL{rng.randrange(10**14):014d}"),
+            ("AT", f"00000{rng.randrange(10**11):011d}"),
+        ]
+    )
     digits = "".join(str(int(c, 36)) for c in body + country + "00")
     number = f"{country}{98 - int(digits) % 97:02d}{body}"
     return number if rng.random() < 0.4 else " ".join(number[i : i + 4] for i in range(0, len(number), 4))
@@ -211,11 +280,20 @@ def angry(rng: random.Random, text: str) -> str:
 def foreign(rng: random.Random, text: str) -> str:
     """English as a second language: dropped articles, uncontracted forms, other tenses."""
     for pattern, put, share in (
-        (r"\b(the|a|an) (?=[a-z])", "", 0.35), (r"n't\b", " not", 0.8), (r"\bI'm\b", "I am", 1), (r"\bI've\b", "I have", 1),
-        (r"\bca not\b", "can not", 1), (r"\bwo not\b", "will not", 1), (r"\bI (want|need)\b", r"I am \1ing", 0.3),
-        (r"\b(Can|Could) you\b", "It is possible that you", 0.25), (r"\bfor (?=(two|three|four|five|\d+|ten) )", "since ", 0.7),
-        (r"\bhas not\b", "did not", 0.4), (r"\bnow\b", "actually", 0.3), (r"\bmoney\b", "moneys", 0.2),
-        (r"\bpackage|\bparcel", "packet", 0.4), (r"\bmany\b", "much", 0.4),
+        (r"\b(the|a|an) (?=[a-z])", "", 0.35),
+        (r"n't\b", " not", 0.8),
+        (r"\bI'm\b", "I am", 1),
+        (r"\bI've\b", "I have", 1),
+        (r"\bca not\b", "can not", 1),
+        (r"\bwo not\b", "will not", 1),
+        (r"\bI (want|need)\b", r"I am \1ing", 0.3),
+        (r"\b(Can|Could) you\b", "It is possible that you", 0.25),
+        (r"\bfor (?=(two|three|four|five|\d+|ten) )", "since ", 0.7),
+        (r"\bhas not\b", "did not", 0.4),
+        (r"\bnow\b", "actually", 0.3),
+        (r"\bmoney\b", "moneys", 0.2),
+        (r"\bpackage|\bparcel", "packet", 0.4),
+        (r"\bmany\b", "much", 0.4),
     ):
         text = re.sub(pattern, lambda m, put=put, share=share: m.expand(put) if rng.random() < share else m[0], text)
     return text
@@ -409,7 +487,7 @@ def forum(desk: Desk, rng: random.Random) -> str:
         "  <style>body{font:16px/1.5 sans-serif;max-width:46rem}.post{border-top:1px solid #ccc}.answer{background:#eef5ee}</style>\n"
         "</head>\n<body>\n"
         '<nav><a href="/">Basecamp</a> &rsaquo; <a href="/shop">Shop talk</a> &rsaquo; Ask the desk</nav>\n'
-        '<h1>Ask the desk: one thread for all questions</h1>\n'
+        "<h1>Ask the desk: one thread for all questions</h1>\n"
         '<p class="notice">Moderator: be kind, no passwords or card numbers in public. The desk answers here on working days.</p>\n<main>\n'
     )
     return head + "\n".join(posts) + "\n</main>\n<footer><p>Kestrel Basecamp is made up, like everything on this page.</p></footer>\n</body>\n</html>\n"
@@ -442,8 +520,13 @@ def prompts(desk: Desk, rng: random.Random) -> tuple[list[dict[str, str]], list[
         intent = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         return Scene(rng, person).fill(line, message=desk.message(rng, person, intent, notes=False, private=False)[0])
 
-    attacks = [{"text": say(line), "family": family} for family, lines in desk.prompts.items() if family != "benign"
-               for line in lines for _ in range(ATTACKS_WITH_MESSAGE if "{message}" in line else 1)]
+    attacks = [
+        {"text": say(line), "family": family}
+        for family, lines in desk.prompts.items()
+        if family != "benign"
+        for line in lines
+        for _ in range(ATTACKS_WITH_MESSAGE if "{message}" in line else 1)
+    ]
     lines = desk.prompts["benign"]
     benign = [say(line) for line in lines] + [say(line) for line in lines if "{" in line or "[" in line] + [say("{message}") for _ in range(BENIGN_MESSAGES)]
     return attacks, [{"text": text} for text in dict.fromkeys(benign)]
