@@ -39,7 +39,8 @@ def overrides(params: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
 
     from pydantic import TypeAdapter, ValidationError
 
-    from conf.compose import ConfigErrors, _explain, dotted, leaves
+    from conf.compose import leaves
+    from conf.problems import ConfigErrors, dotted, explain
     from conf.schema import Config
     from conf.yaml import read
 
@@ -49,7 +50,7 @@ def overrides(params: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
     except ValidationError as error:
         from dataclasses import replace
 
-        raise ConfigErrors([replace(p, file=str(params)) for p, _ in _explain(error, present, {}, [])]) from None
+        raise ConfigErrors([replace(p, file=str(params)) for p, _ in explain(error, present, {}, [])]) from None
     ours = {dotted(path): value for path, value in leaves(values)}
     theirs = {dotted(path): value for path, value in leaves(present)}
     absent = "(absent)"
@@ -80,8 +81,9 @@ def write() -> str:
 
 def check() -> list[str]:
     """What is stale or wrong: params.yaml, the JSON Schemas, and every choice and experiment, selected or not."""
-    from conf.compose import ConfigErrors, choices, compose, digest
+    from conf.compose import choices, compose, digest
     from conf.json_schema import stale
+    from conf.problems import ConfigErrors
 
     complaints: list[str] = []
     composed = compose()

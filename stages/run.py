@@ -38,6 +38,8 @@ def run(main: Callable[[], None]) -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
     from rich.console import Console
     from rich.logging import RichHandler
 

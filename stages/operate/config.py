@@ -16,7 +16,8 @@ def show(key: str = "", as_json: bool = False) -> None:
     """
     from conf import PARAMS
     from conf.__main__ import NOTICE, overrides
-    from conf.compose import compose, digest, dotted, leaves
+    from conf.compose import compose, digest, leaves
+    from conf.problems import dotted
 
     composed = compose()
     current = PARAMS.exists() and PARAMS.read_text(encoding="utf-8").startswith(NOTICE.format(digest=digest()).rstrip("\n"))
