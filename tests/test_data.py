@@ -169,7 +169,7 @@ def test_one_list_of_intents() -> None:
     style = read(tasks / "support_style.yaml")["filter_list"][0]["filter"][0]["regex_pattern"]
     for place in (
         read(tasks / "support_intent_choice.yaml")["doc_to_text"],
-        read(tasks / "support_intent_listed.yaml")["doc_to_text"],
+        read(tasks / "support_intent_forwarded.yaml")["doc_to_text"],
         style,
         read(ROOT / "conf/redteam/support.yaml")["on_task"],
     ):
@@ -277,7 +277,7 @@ def test_intent_tasks_score_the_first_line(tmp_path: Path, monkeypatch: pytest.M
         assert prompt.startswith("<system>Sys<user>")
         return "Order_Status " if "parcel" in prompt else "payment_failed" if "charged" in prompt else "the intent is delete_account"
 
-    names = ["support_intent", "support_intent_direct", "support_intent_listed", "banking77_intent"]
+    names = ["support_intent", "support_intent_direct", "support_intent_forwarded", "banking77_intent"]
     assert scores(names, answer, tmp_path, monkeypatch, "exact_match") == dict.fromkeys(names, pytest.approx(2 / 3))
 
 
