@@ -169,7 +169,6 @@ def test_one_list_of_intents() -> None:
     style = read(tasks / "support_style.yaml")["filter_list"][0]["filter"][0]["regex_pattern"]
     for place in (
         read(tasks / "support_intent_choice.yaml")["doc_to_text"],
-        read(tasks / "support_intent_forwarded.yaml")["doc_to_text"],
         style,
         read(ROOT / "conf/redteam/support.yaml")["on_task"],
     ):
