@@ -165,10 +165,11 @@ def test_it_says_that_it_is_made_and_under_which_licence() -> None:
 
 def test_one_list_of_intents() -> None:
     tasks = ROOT / "conf/evaluate/tasks"
-    assert sorted(read(tasks / "support_intent_choice.yaml")["doc_to_choice"]) == INTENTS
+    choice = read(tasks / "support_intent_choice.yaml")
+    assert len(choice["doc_to_choice"]) == len(INTENTS)
     style = read(tasks / "support_style.yaml")["filter_list"][0]["filter"][0]["regex_pattern"]
     for place in (
-        read(tasks / "support_intent_choice.yaml")["doc_to_text"],
+        choice["doc_to_target"],
         style,
         read(ROOT / "conf/redteam/support.yaml")["on_task"],
     ):
@@ -288,7 +289,7 @@ def test_style_task_scores_the_whole_answer(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_choice_tasks_know_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {"parcel": "order_status", "charged": "payment_failed", "Delete": "refund_status", "pillow": "Blow into a bag.", "open": 'Don\'t "push".'}
+    right = {"parcel": "the status of an order", "charged": "a failed payment", "Delete": "the status of a refund", "pillow": "Blow into a bag.", "open": 'Don\'t "push".'}
 
     def answer(prompt: str, choice: str) -> float:
         assert "A. " not in choice
