@@ -42,7 +42,7 @@ def test_every_path_of_the_tree_exists() -> None:
 
 
 def test_the_table_lists_the_experiments() -> None:
-    rows = [re.findall(r"`([a-z0-9]+)`", line.split("|")[1]) for line in TEXT.splitlines() if line.startswith("| `")]
+    rows = [re.findall(r"`([a-z0-9_]+)`", line.split("|")[1]) for line in TEXT.splitlines() if line.startswith("| `")]
     assert sorted(name for row in rows for name in row) == choices()["experiment"]
 
 
