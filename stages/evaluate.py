@@ -18,7 +18,7 @@ import conf
 from conf.errors import DataError
 from conf.schema import EngineSettings, Evaluate, Task
 from stages.files import publish, sha256, write_json, write_jsonl
-from stages.records import read_records
+from stages.records import Record, read_records
 from stages.results import Result, average, sample_rows, slice_scores
 from stages.run import WORK
 
@@ -64,8 +64,10 @@ def answers(engine: Engine, count: int, max_tokens: int) -> list[dict[str, str]]
     records = sorted(read_records(TEST), key=lambda r: hashlib.sha256(r.id.encode()).digest())
     if not records:
         raise DataError(f"{TEST} has no row", "raise preprocess.split.test, or add a source with use: test")
-    seen: set[str] = set()
-    first = [r for r in records if not (r.label in seen or seen.add(r.label))]  # type: ignore[func-returns-value]
+    labels: dict[str, Record] = {}
+    for record in records:
+        labels.setdefault(record.label, record)
+    first = list(labels.values())
     chosen = (first + [r for r in records if r not in first])[:count]
     prompts = [engine.chat.prompt([m for m in r.messages if m["role"] != "assistant"]) for r in chosen]
     found = engine.generate(prompts, Sampling(max_tokens=max_tokens)) if prompts else []

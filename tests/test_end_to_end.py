@@ -162,7 +162,7 @@ def test_bad_data_is_stopped_by_the_stage_that_should_stop_it(tree: Path, damage
 
 
 def test_the_bento_answers_over_http(tree: Path) -> None:
-    from openai import OpenAI
+    from openai import APIConnectionError, OpenAI
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -177,7 +177,7 @@ def test_the_bento_answers_over_http(tree: Path) -> None:
             try:
                 models = client.models.list()
                 break
-            except Exception:
+            except APIConnectionError:  # not up yet
                 time.sleep(0.5)
         answer = client.chat.completions.create(
             model=models.data[0].id, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}]
