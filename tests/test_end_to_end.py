@@ -135,7 +135,7 @@ def test_a_worse_model_is_held_and_not_packaged(tree: Path) -> None:
     [
         ("empty", "collect", "digest is not the pinned one"),
         ("truncated", "collect", "digest is not the pinned one"),
-        ("poisoned", "validate", "labels_known"),
+        ("poisoned", "validate", "intent-known"),
     ],
 )
 def test_bad_data_is_stopped_by_the_stage_that_should_stop_it(tree: Path, damage: str, stage: str, reason: str) -> None:

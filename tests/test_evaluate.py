@@ -15,7 +15,7 @@ from conf.yaml import dump
 from stages import evaluate
 from stages.files import read_json, read_jsonl, sha256
 from stages.results import Result, Sample, average, sample_rows, slice_of, slice_scores
-from tests.tiny import make_model
+from tests.models import tiny_llama
 
 INTENTS = ["refund_status", "change_address", "cancel_order", "other"]
 
@@ -60,7 +60,7 @@ def test_a_broken_row_is_null_in_the_samples_and_in_its_slice() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_model(tmp_path_factory.mktemp("tuned")), make_model(tmp_path_factory.mktemp("base"), seed=1)
+    return tiny_llama(tmp_path_factory.mktemp("tuned")), tiny_llama(tmp_path_factory.mktemp("base"), seed=1)
 
 
 TASK = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "data/preprocess/test.jsonl"}}, "test_split": "test", "doc_to_target": "label"}

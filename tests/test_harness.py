@@ -16,14 +16,14 @@ from conf.errors import ConfigError, DataError, ModelError
 from conf.schema import EngineSettings
 from stages.harness import EngineLM, probe, run_tasks
 from stages.serve.engine import Completion, Engine, Sampling, Score, open_engine
-from tests.tiny import make_model
+from tests.models import tiny_llama
 
 INTENTS = ["refund_status", "change_address", "cancel_order", "other"]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = make_model(tmp_path_factory.mktemp("tiny"))
+    folder = tiny_llama(tmp_path_factory.mktemp("tiny"))
     return open_engine(folder, EngineSettings(kind="transformers", quantization="float32", threads=1))
 
 

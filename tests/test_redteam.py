@@ -20,7 +20,7 @@ from stages.files import read_json, read_jsonl, sha256
 from stages.outcomes import canary, leaks, outcome, share
 from stages.serve.engine import Engine, open_engine
 from stages.serve.guard import Guard
-from tests.tiny import make_model
+from tests.models import tiny_llama
 
 SECRET = canary(0)
 CORE = SECRET.removeprefix("KX-")
@@ -84,7 +84,7 @@ def test_a_share_of_none_is_not_certain() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("tiny"))
+    return tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

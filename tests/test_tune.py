@@ -27,7 +27,7 @@ from stages.records import Message, Record
 from stages.serve.chat import Chat
 from stages.tune import BASE, OUT, SCRATCH, digest, split_turns
 from tests.conftest import ROOT
-from tests.tiny import make_model
+from tests.models import tiny_llama
 
 if TYPE_CHECKING:
     from stages.training import Trainer
@@ -76,7 +76,7 @@ def again(adapter: Path) -> float:
 
 def write(values: Tune, folder: Path, rows: int = 24) -> None:
     """A repository of nothing but what tune reads."""
-    make_model(folder / BASE)
+    tiny_llama(folder / BASE)
     (folder / "data/preprocess").mkdir(parents=True)
     (folder / "params.yaml").write_text(dump({"tune": json.loads(json.dumps(asdict(values)))}))
     for name, numbers in (("train", range(rows)), ("validation", range(100, 106))):
