@@ -289,7 +289,13 @@ def test_style_task_scores_the_whole_answer(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_choice_tasks_know_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {"parcel": "the status of an order", "charged": "a failed payment", "Delete": "the status of a refund", "pillow": "Blow into a bag.", "open": 'Don\'t "push".'}
+    right = {
+        "parcel": "the status of an order",
+        "charged": "a failed payment",
+        "Delete": "the status of a refund",
+        "pillow": "Blow into a bag.",
+        "open": 'Don\'t "push".',
+    }
 
     def answer(prompt: str, choice: str) -> float:
         assert "A. " not in choice
