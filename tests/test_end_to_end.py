@@ -92,13 +92,22 @@ def test_the_verdict_promotes_and_the_summary_shows_it(tree: Path) -> None:
     assert [cost["stage"] for cost in summary["costs"]] == EVERYTHING[1:]
 
 
+def test_outs_are_all_that_the_stages_write(tree: Path) -> None:
+    from tests.test_pipeline import PIPELINE, names
+
+    outs = {tree / out for stage in PIPELINE.values() for out in names(stage.get("outs", []) + stage.get("metrics", []))}
+    assert all(out.exists() for out in outs)
+    written = {f for top in ("data", "models") for f in (tree / top).rglob("*") if f.is_file() and f.name != ".gitignore"}
+    assert {f for f in written if not outs & {f, *f.parents} and tree / "data/raw" not in f.parents} == set()
+
+
 def test_a_gate_limit_reruns_compose_gate_and_package(tree: Path) -> None:
     change(tree / "conf/gate/tiny.yaml", "limit: 0.05", "limit: 0.06")
     assert ran(sh(tree, "dvc", "repro")) == ["compose", "gate", "package"]
 
 
 def test_the_learning_rate_runs_nothing_before_tune(tree: Path) -> None:
-    change(tree / "conf/experiment/tiny.yaml", "learning_rate:", "max_grad_norm: 0.9\n  learning_rate:")
+    change(tree / "conf/experiment/tiny.yaml", "learning_rate: 4.0e-03", "learning_rate: 3.9e-03")
     assert ran(sh(tree, "dvc", "repro", "tune")) == ["compose", "tune"]
 
 
