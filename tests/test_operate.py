@@ -47,6 +47,13 @@ def test_use_twice_changes_nothing(small: Path) -> None:
     assert (small / "conf/config.yaml").read_bytes() == text
 
 
+def test_use_keeps_a_long_name_apart_from_the_comment(small: Path) -> None:
+    name = "a_name_longer_than_the_column_of_comments"
+    (small / "conf/experiment" / f"{name}.yaml").write_text("# @package _global_\n")
+    use(name, small / "conf")
+    assert f"- experiment: {name}  # the selected one\n" in (small / "conf/config.yaml").read_text()
+
+
 def test_use_refuses_an_unknown_experiment(small: Path) -> None:
     with pytest.raises(ConfigError, match=r"no experiment 'adaptr'\n.*did you mean adapter\? conf/experiment/ has: adapter, default"):
         use("adaptr", small / "conf")

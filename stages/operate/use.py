@@ -29,7 +29,7 @@ def use(experiment: str, conf: Path = Path("conf")) -> str:
         raise ConfigError(f"{file} has no line `- experiment: <name>` in its defaults", "add `  - experiment: default` before `_self_`")
     if found["name"] == experiment:
         return f"{file} already selects {experiment}"
-    padding = max(0, len(found["rest"]) - len(found["rest"].lstrip()) + len(found["name"]) - len(experiment))
+    padding = max(2, len(found["rest"]) - len(found["rest"].lstrip()) + len(found["name"]) - len(experiment))
     rest = " " * padding + found["rest"].lstrip() if found["rest"].strip() else ""
     temporary = file.with_name(".config.yaml.partial")
     temporary.write_text(f"{text[: found.start()]}{found['key']}{experiment}{rest}{text[found.end() :]}", encoding="utf-8")
