@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# the machines are shared: how long an example takes says nothing
+settings.register_profile("trunkline", deadline=None)
+settings.load_profile("trunkline")
 
 ROOT = Path(__file__).parent.parent
 DIGEST = "0" * 64
