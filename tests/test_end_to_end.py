@@ -42,21 +42,24 @@ def change(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This working tree as a repository of its own, in a folder with a blank, with `tiny` run whole."""
-    folder = tmp_path_factory.mktemp("a checkout") / "trunkline"
+def working_tree(folder: Path, experiment: str) -> Path:
+    """Make this working tree a repository of its own in `folder`, with an experiment selected and nothing run."""
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name not in {"dvc.lock", "params.yaml"}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for name in ("dvc.lock", "params.yaml"):
-        (folder / name).unlink(missing_ok=True)
     sh(folder, "git", "init", "-q", "-b", "main")
     sh(folder, "git", "config", "user.email", "test@example.org")
     sh(folder, "git", "config", "user.name", "Test")
-    sh(folder, sys.executable, "-m", "stages.operate.cli", "use", "tiny")
+    sh(folder, sys.executable, "-m", "stages.operate.cli", "use", experiment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository in a folder with a blank, with `tiny` run whole."""
+    folder = working_tree(tmp_path_factory.mktemp("a checkout") / "trunkline", "tiny")
     sh(folder, "git", "add", "-A")
     sh(folder, "git", "commit", "-qm", "Use tiny")
     done = sh(folder, "dvc", "repro")
