@@ -37,3 +37,6 @@ check: setup
 
 serve: setup
 	@python -m stages.serve
+
+bench: setup
+	@python -m tests.bench
