@@ -12,6 +12,8 @@ Exit codes: 0 done, 1 `--check` found params.yaml or a schema stale, 2 the confi
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,8 @@ def check() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
+    gc.disable()  # a short life, most of it imports: nothing worth collecting
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads the metadata of every package
     parser = argparse.ArgumentParser(prog="python -m conf", description="Compose conf/ into params.yaml.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail when params.yaml or a schema is stale, or any experiment is wrong")
     parser.add_argument("--schema", action="store_true", help="write the JSON Schemas that editors use")

@@ -6,13 +6,17 @@ A YAML file of conf/ is sparse and may interpolate, so nothing is required and `
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
+from conf import schema as reference
 from conf.schema import Config
 
 FOLDER = Path(__file__).parent / "json_schema"
@@ -22,11 +26,34 @@ INTERPOLATION = {"type": "string", "pattern": r"^\$\{.+\}$"}
 def schemas() -> dict[str, str]:
     """File name -> text: one per stage, and `experiment.json` for the whole."""
     kinds = {f.name: get_type_hints(Config)[f.name] for f in fields(Config)} | {"experiment": Config}
+    documented = docstrings()
     found = {}
     for name, kind in kinds.items():
-        schema = _sparse(TypeAdapter(kind).json_schema())
+        schema = TypeAdapter(kind).json_schema()
+        for title, node in [(kind.__name__, schema), *schema.get("$defs", {}).items()]:
+            for field, text in documented.get(title, {}).items():
+                node["properties"][field].setdefault("description", text)
+        schema = _sparse(schema)
         schema.setdefault("properties", {})["defaults"] = {"type": "array", "description": "Hydra's defaults list."}
         found[f"{name}.json"] = json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1, sort_keys=True) + "\n"
+    return found
+
+
+def docstrings() -> dict[str, dict[str, str]]:
+    """Dataclass -> field -> the docstring under it.
+
+    pydantic's `use_attribute_docstrings` reads them too, whenever conf/schema.py is imported: a twentieth of a second of every
+    process, and only the JSON Schemas show them.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for kind in ast.parse(inspect.getsource(reference)).body:
+        if isinstance(kind, ast.ClassDef):
+            found[kind.name] = {
+                field.target.id: inspect.cleandoc(text.value.value)
+                for field, text in pairwise(kind.body)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+            }
     return found
 
 

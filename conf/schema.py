@@ -2,7 +2,7 @@
 
 A default here is what a stage does when no YAML file names the key. YAML files are sparse: they hold what differs.
 Units stand in the docstring under each field; `null` means what the docstring says it means. Nothing heavy is
-imported: composing, `--help` and every error must answer in under a second.
+imported: composing, `--help` and every error must answer in under half a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -35,7 +35,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Source:
     """What every source states, whatever its kind."""
 
-    # Descriptions, not docstrings: pydantic does not inherit those.
+    # Descriptions, not docstrings: a subclass inherits only the former.
     licence: Annotated[Text, Field(description="SPDX identifier of the licence of the content (`CC-BY-4.0`), or `LicenseRef-…` for a private one.")]
     classification: Annotated[Classification, Field(description="Who may see it: `public`, `internal` (the company) or `restricted` (named people).")]
 

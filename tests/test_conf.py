@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.compose import choices, compose
+from conf.errors import ConfigError
 from conf.json_schema import schemas, stale
 from conf.problems import ConfigErrors
 from conf.yaml import dump, read
@@ -40,6 +41,22 @@ def test_an_experiment_chooses_in_a_group(small: Path) -> None:
     composed = compose(["experiment=adapter"], conf=small / "conf")
     assert composed.config.tune.lora is not None
     assert composed.config.tune.lora.rank == 4
+
+
+def test_yaml_is_read_as_omegaconf_reads_it(small: Path) -> None:
+    edit(small, "tune/sft.yaml", "steps: 10\nlearning_rate: 1e-5\n")
+    edit(small, "package/toy.yaml", "licence: 2024-01-01\ndescription: &x A toy.\nintended_use: *x\nlimitations: All.\n")
+    composed = compose(conf=small / "conf")
+    assert composed.config.tune.learning_rate == 1e-5
+    assert (composed.config.package.licence, composed.config.package.intended_use) == ("2024-01-01", "A toy.")
+
+
+def test_overrides_are_hydras(small: Path) -> None:
+    composed = compose(["tune=lora", "tune.steps=21", "+tune.batch=3"], conf=small / "conf")
+    assert composed.config.tune.lora is not None
+    assert (composed.config.tune.steps, composed.config.tune.batch) == (21, 3)
+    with pytest.raises(ConfigErrors, match=r"Could not override 'tune\.stepz'"):
+        compose(["tune.stepz=1"], conf=small / "conf")
 
 
 MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
@@ -101,8 +118,18 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "dangling interpolation": ({"tune/sft.yaml": "steps: ${tune.nowhere}\n"}, [r"conf/tune/sft\.yaml: tune\.steps: interpolation: .*nowhere"]),
     "unreadable": ({"tune/sft.yaml": "steps: [1\n"}, [r"conf/tune/sft\.yaml: unreadable YAML, line 2"]),
+    "unreadable experiment": ({"experiment/default.yaml": "# @package _global_\ntune: [1\n"}, [r"conf/experiment/default\.yaml: unreadable YAML, line 3"]),
     "a key twice": ({"tune/sft.yaml": "steps: 1\nsteps: 2\n"}, [r"conf/tune/sft\.yaml: unreadable YAML, line 2: the key 'steps' stands here twice"]),
     "not a mapping": ({"tune/sft.yaml": "- 1\n"}, [r"conf/tune/sft\.yaml: holds a list"]),
+    "defaults, not a list": (
+        {"experiment/default.yaml": "# @package _global_\ndefaults: {override /tune: lora}\n"},
+        [r"conf/experiment/default\.yaml: defaults: holds a dict, not a list of choices"],
+    ),
+    "a header of two words": ({"experiment/default.yaml": "# @package a b\ntune: {seed: 7}\n"}, [r"conf: Too many components"]),
+    "an override of nothing": (
+        {"experiment/default.yaml": "# @package _global_\ndefaults:\n  - override /tune@x: lora\n"},
+        [r"conf: In 'experiment/default': Could not override 'tune@x'"],
+    ),
     "_target_": (
         {"tune/sft.yaml": "steps: 1\n_target_: os.system\n"},
         [r"conf/tune/sft\.yaml: tune\._target_: _target_ would let a configuration call any function"],
@@ -215,6 +242,7 @@ def test_composing_imports_only_what_is_light() -> None:
         "ctranslate2",
         "dvc",
         "rich",
+        "ruamel",
         "scipy",
     }
     loaded = set(done.stdout.split())
@@ -228,7 +256,6 @@ def test_composing_imports_only_what_is_light() -> None:
         "omegaconf",
         "antlr4",
         "yaml",
-        "ruamel",
         "pydantic",
         "pydantic_core",
         "annotated_types",
@@ -301,21 +328,39 @@ def test_every_field_has_a_docstring() -> None:
     walk({k: v for k, v in json.loads(schemas()["experiment.json"]).items()})
 
 
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff\x85\u2028\u2029\ufffe\uffff"))
+LIKE_SOMETHING_ELSE = st.lists(
+    st.sampled_from([*"0179_.eE+-xob:~#'\"\n\\{[,&*!|>%@?= yn", "null", "true", "on", "off", "<<", "inf", "nan", "2024-01-01"]), max_size=5
+)
+
+
 @given(
     st.recursive(
-        st.none()
-        | st.booleans()
-        | st.integers()
-        | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\ufeff\x85\u2028\u2029\ufffe\uffff")),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcdefgh", min_size=1), inner, max_size=3),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | LIKE_SOMETHING_ELSE.map("".join),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abcdefgh", min_size=1) | LIKE_SOMETHING_ELSE.map("".join), inner, max_size=3),
         max_leaves=8,
     )
 )
-def test_yaml_round_trips(value: object) -> None:
-    import tempfile
+def test_canonical_text_means_the_same_to_every_reader(value: object) -> None:
+    from ruamel.yaml import YAML
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.yaml"
-        path.write_text(dump({"value": value}), encoding="utf-8")
-        assert read(path)["value"] == value
+    text = dump({"value": value})
+    assert YAML(typ="safe", pure=True).load(text)["value"] == value, "DVC"
+    assert yaml.safe_load(text)["value"] == value, "libyaml"
+
+
+@pytest.mark.parametrize("text", ["1e-5", "on", "012", "1:30", "0o17", "1_000", ".5", "2024-01-31", "{a: b}", "'x'", "- 1\n- on", "~", "a: &x [on]\nb: *x"])
+def test_what_is_not_canonical_is_read_as_dvc_reads_it(text: str, tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    file = tmp_path / "x.yaml"
+    file.write_text(f"# line 1\n{text}\n", encoding="utf-8")
+    assert repr(read(file)) == repr(YAML(typ="safe", pure=True).load(text))
+
+
+@pytest.mark.parametrize("text", ["a: [1", "2024-13-45", "a: b: c", "\x00"])
+def test_what_is_no_yaml_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"x\.yaml(:\d+)?: unreadable YAML: "):
+        read(file)
