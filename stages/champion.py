@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
 from conf.errors import DataError
 from conf.schema import Relative
-from stages.statistics import Comparison, compare, holm
+
+if TYPE_CHECKING:
+    from stages.statistics import Comparison
 
 Json = dict[str, JsonValue]
 Pairs = dict[tuple[str, str], list[float]]
@@ -101,6 +104,8 @@ def weigh(rule: Relative, champion: tuple[Json, Pairs], candidate: tuple[Json, P
     Raises:
         DataError: the rows cannot be compared, or not with this test.
     """
+    from stages.statistics import compare
+
     for part in ("metric", "higher_is_better"):
         if champion[0].get(part) != candidate[0].get(part):
             raise DataError(f"the champion was measured with {part}={champion[0].get(part)!r}, the candidate with {candidate[0].get(part)!r}")
@@ -116,6 +121,8 @@ def weigh(rule: Relative, champion: tuple[Json, Pairs], candidate: tuple[Json, P
 
 def relate(rules: Mapping[str, Relative], alpha: float, weighed: Callable[[Relative], Comparison]) -> list[Json]:
     """Every relative rule with its outcome: promote (the loss is less than the margin), hold (more), or inconclusive; Holm over all."""
+    from stages.statistics import holm
+
     entries: list[Json] = []
     done: list[tuple[Json, Relative, Comparison]] = []
     for name, rule in sorted(rules.items()):

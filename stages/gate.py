@@ -13,14 +13,16 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import conf
 from conf.errors import DataError, Held
 from conf.schema import Absolute, Gate, Relative
 from stages.champion import Json, number, read_champion, read_pairs, relate, weigh
 from stages.files import read_json, read_jsonl, write_json
-from stages.statistics import Comparison
+
+if TYPE_CHECKING:
+    from stages.statistics import Comparison
 
 SOURCES = {"evaluate": Path("models/evaluate/scores.json"), "redteam": Path("models/redteam/result.json"), "export": Path("models/export/summary.json")}
 SAMPLES = Path("models/evaluate/samples")

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import requests
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import DigestMismatch, SourceError
 from stages.files import sha256
 from stages.run import WORK, progress
 from stages.sources.files import too_large
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 DOWNLOADS = WORK / "downloads"
 CHUNK = 1 << 20
@@ -59,6 +59,7 @@ Opener = Callable[[int], AbstractContextManager[Stream]]
 
 def from_http(name: str, url: str, timeout: float) -> Opener:
     """An http(s) address, resumed by Range; proxies and `~/.netrc` are respected."""
+    import requests
 
     @contextmanager
     def open_at(offset: int) -> Iterator[Stream]:
@@ -198,6 +199,8 @@ def download(name: str, url: str, digest: str, opener: Opener, *, retries: int, 
         Absent: there is nothing at the address.
         SourceError: it cannot be had, or is too large.
     """
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
     partial = DOWNLOADS / f"{digest}.partial"
 
