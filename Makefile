@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONHASHSEED := 0
+# Compiled modules are kept, whatever the caller's environment says: without them every stage compiles its libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: all setup repro test test-slow test-all check serve bench
 all: repro

@@ -1,0 +1,220 @@
+"""The whole `tiny` pipeline beside a plain script, and a `dvc repro` that has nothing to do beside a bare one: `python -m tests.bench.pipeline`.
+
+Both sides run in copies of the working tree, in turn, warm: once before anything counts, so that downloads, bytecode and the page
+cache are there. Before every run its outputs, DVC's cache and the stages' work folders are removed, so that neither side finds
+anything done. The script is one process that calls the same stages' `main()` one after another: no DVC, and every library
+imported once. Both must write the same bytes, or the measurement is refused.
+
+Where the time goes: a shim in the place of `python` notes when each stage's process begins and ends; the interpreter's own
+PYTHONPROFILEIMPORTTIME, in a run of its own, says what of it are imports; what remains of `dvc repro` is DVC's.
+
+The no-op: eleven stages with one dependency and one output each, `cp` from one to the next, beside ours after a whole run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from stages.files import remove, sha256
+from tests.bench.rows import Row, show
+from tests.bench.trees import environment, timed, working_tree
+from tests.conftest import ROOT
+from tests.test_pipeline import PIPELINE, names
+
+WHOLE, NO_OP = 1.10, 1.5
+"""The bars."""
+REPRO = (sys.executable, "-m", "dvc", "repro")
+SCRIPT = """
+import importlib, json, os, sys, time
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1", GX_ANALYTICS_ENABLED="false", BENTOML_DO_NOT_TRACK="1",
+                  HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
+for stage in sys.argv[1:]:
+    print(f"Running stage '{stage}'", flush=True)
+    started = time.time()
+    if stage == "compose":
+        from conf.__main__ import write
+        write()
+    else:
+        importlib.import_module(f"stages.{stage}").main()
+    with open("times.log", "a") as log:
+        print(stage, started, time.time(), file=log)
+"""
+SHIM = """#!/bin/sh
+started=$(date +%s.%N)
+"{python}" "$@"
+code=$?
+stage=${{2#stages.}}
+echo "${{stage%conf}} $started $(date +%s.%N)" >> times.log
+exit $code
+"""
+
+
+@dataclass
+class Side:
+    """One way to run the pipeline."""
+
+    folder: Path
+    env: Mapping[str, str]
+    command: tuple[str, ...]
+    whole: list[float] = field(default_factory=list)
+    """Seconds of each measured run."""
+    stages: dict[str, list[float]] = field(default_factory=dict)
+    """Stage -> seconds of its process, or of its `main()` in the script."""
+    imports: dict[str, float] = field(default_factory=dict)
+    """Stage -> seconds of imports; `dvc` -> DVC's own."""
+
+    def clear(self) -> None:
+        """Remove what an earlier run made, downloads excepted."""
+        work = self.folder / ".dvc/tmp/trunkline"
+        for path in [self.folder / out for out in outputs()] + [self.folder / ".dvc/cache", self.folder / "times.log"]:
+            remove(path)
+        for path in work.iterdir() if work.exists() else ():
+            if path.name != "downloads":
+                remove(path)
+
+    def run(self) -> None:
+        """One measured run."""
+        self.clear()
+        self.whole.append(timed(self.command, self.folder, self.env))
+        for line in (self.folder / "times.log").read_text(encoding="utf-8").splitlines():
+            stage, started, ended = line.rsplit(" ", 2)
+            self.stages.setdefault(stage.strip() or "compose", []).append(float(ended) - float(started))
+
+    def profile(self) -> None:
+        """A run that is not measured but for its imports."""
+        self.clear()
+        env = {**self.env, "PYTHONPROFILEIMPORTTIME": "1", "PYTHONUNBUFFERED": "1"}
+        text = subprocess.run(self.command, cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+        stage = "dvc"
+        for line in text.splitlines():
+            if begun := re.search(r"Running stage '(\w+)'", line):
+                stage = begun[1]
+            for own in re.findall(r"import time:\s+(\d+) \|", line):
+                self.imports[stage] = self.imports.get(stage, 0.0) + int(own) / 1e6
+
+
+def outputs() -> list[str]:
+    """Every output of the pipeline, params.yaml included."""
+    return [out for stage in PIPELINE.values() for out in names(stage.get("outs", []) + stage.get("metrics", []))]
+
+
+def bare(folder: Path, stages: int) -> None:
+    """A pipeline that does next to nothing."""
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
+    (folder / "0").write_text("0\n", encoding="utf-8")
+    steps = {f"s{n}": {"cmd": f"cp {n} {n + 1}", "deps": [str(n)], "outs": [str(n + 1)]} for n in range(stages)}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": steps}), encoding="utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+
+def sides(scratch: Path) -> tuple[Side, Side]:
+    """Ours and the script, each in a copy of the working tree."""
+    found = []
+    for name in ("ours", "script"):
+        folder = scratch / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            working_tree(folder, "tiny")
+        found.append((folder, environment(folder, scratch / "bytecode")))
+    (ours, our_env), (plain, plain_env) = found
+    shim = scratch / "bin/python"
+    shim.parent.mkdir(exist_ok=True)
+    shim.write_text(SHIM.format(python=sys.executable), encoding="utf-8")
+    shim.chmod(0o755)
+    return (
+        Side(ours, {**our_env, "PATH": f"{shim.parent}:{our_env['PATH']}"}, (*REPRO, "--force", "--no-run-cache")),
+        Side(plain, plain_env, (sys.executable, "-c", SCRIPT, *PIPELINE)),
+    )
+
+
+def no_op(scratch: Path, rounds: int = 9) -> tuple[float, float]:
+    """Median seconds of a `dvc repro` with nothing to do: ours, which has run, and the bare one."""
+    folder = scratch / "bare"
+    if not folder.exists():
+        folder.mkdir()
+        bare(folder, len(PIPELINE))
+    trees = (scratch / "ours", folder)
+    taken: tuple[list[float], list[float]] = ([], [])
+    for tree in trees:
+        timed(REPRO, tree, environment(tree, scratch / "bytecode"))
+    for _ in range(rounds):
+        for tree, seconds in zip(trees, taken, strict=True):
+            seconds.append(timed(REPRO, tree, environment(tree, scratch / "bytecode")))
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def measure(scratch: Path, rounds: int) -> tuple[Side, Side]:
+    """Warm both, measure both in turn, and see that both wrote the same.
+
+    Raises:
+        RuntimeError: they did not.
+    """
+    both = sides(scratch)
+    for side in both:
+        side.clear()
+        timed(side.command, side.folder, side.env)
+    for _ in range(rounds):
+        for side in both:
+            side.run()
+    for out in outputs():
+        ours, plain = (sha256(side.folder / out) for side in both)
+        if ours != plain:
+            raise RuntimeError(f"{out} is not what the script wrote: the two did not do the same work")
+    return both
+
+
+def table(ours: Side, plain: Side) -> Table:
+    """Where the time goes."""
+    found = Table("stage", "process, s", "of it imports", "of it work", "in the script, s", "of it imports", title="tiny, warm")
+    for stage in PIPELINE:
+        process, inside = statistics.median(ours.stages[stage]), statistics.median(plain.stages[stage])
+        imports = ours.imports.get(stage, 0.0)
+        found.add_row(stage, f"{process:.2f}", f"{imports:.2f}", f"{process - imports:.2f}", f"{inside:.2f}", f"{plain.imports.get(stage, 0.0):.2f}")
+    own = statistics.median(ours.whole) - sum(statistics.median(seconds) for seconds in ours.stages.values())
+    found.add_row("DVC: start, hashing, cache, locks", f"{own:.2f}", f"{ours.imports.get('dvc', 0.0):.2f}", "", "", "")
+    return found
+
+
+def rows_of(ours: Side, plain: Side, idle: tuple[float, float]) -> list[Row]:
+    """The bars, and what the time of the first went into."""
+    mine, theirs = statistics.median(ours.whole), statistics.median(plain.whole)
+    processes = sum(statistics.median(seconds) for seconds in ours.stages.values())
+    imports, their_imports = (sum(seconds for stage, seconds in side.imports.items() if stage != "dvc") for side in (ours, plain))
+    return [
+        Row(what="tiny, all 11 stages, warm", ours=f"{mine:.1f} s", theirs=f"{theirs:.1f} s (one script)", ratio=mine / theirs, bar=f"{WHOLE:.2f}", met=mine / theirs <= WHOLE),
+        Row(what="… of it imports", ours=f"{imports:.1f} s", theirs=f"{their_imports:.1f} s", ratio=imports / their_imports, bar="", met=True),
+        Row(what="… of it DVC's hashing, cache and locks", ours=f"{mine - processes:.1f} s", theirs="", ratio=float("nan"), bar="", met=True),
+        Row(what="dvc repro with nothing to do", ours=f"{idle[0]:.2f} s", theirs=f"{idle[1]:.2f} s (bare, 11 stages)", ratio=idle[0] / idle[1], bar=f"{NO_OP}", met=idle[0] / idle[1] < NO_OP),
+    ]  # fmt: skip
+
+
+def rows(rounds: int = 3) -> list[Row]:
+    """Everything, in a scratch folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, plain = measure(Path(scratch), rounds)
+        idle = no_op(Path(scratch))
+        for side in (ours, plain):
+            side.profile()
+        Console(stderr=True).print(table(ours, plain))
+        return rows_of(ours, plain, idle)
+
+
+def main() -> None:
+    """Print both tables."""
+    show(rows())
+
+
+if __name__ == "__main__":
+    main()
