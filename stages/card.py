@@ -79,7 +79,7 @@ def model_card(
         f"{_number(export['agreement'])} of {export['positions']} positions; largest difference of a log-probability: "
         f"{_number(export['max_logit_difference'])} nats.",
         "Made on": "\n\n".join(
-            f"{', '.join(stages)}: {'; '.join(f'{key} {value}' for key, value in made_on.items())}." for stages, made_on in platform.grouped(platforms)
+            f"{', '.join(stages)}: {'; '.join(f'{key} {value}' for key, value in sorted(made_on.items()))}." for stages, made_on in platform.grouped(platforms)
         )
         or "Not recorded.",
         "Digests": f"engine sha256 `{digest}`. Every input's digest is in provenance.json.",

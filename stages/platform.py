@@ -39,7 +39,7 @@ INSTRUCTIONS = {
 SWITCHES = {
     "torch": ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
     "ctranslate2": ("CT2_FORCE_CPU_ISA", "CT2_USE_MKL", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
-    "numpy": ("NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE"),
+    "numpy": ("NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"),
     "vllm": (),
 }
 """Distribution that computes -> environment variables that make it choose other kernels."""

@@ -147,7 +147,7 @@ def show(as_json: bool = False) -> None:
         console.print(f"  {path}  {size / 2**20:,.1f} MiB")
     console.print()
     for stages, made_on in platform.grouped(summary["platforms"]):
-        console.print(f"Made on ({', '.join(stages)}): " + "; ".join(f"{key} {value}" for key, value in made_on.items()), markup=False)
+        console.print(f"Made on ({', '.join(stages)}): " + "; ".join(f"{key} {value}" for key, value in sorted(made_on.items())), markup=False)
     for difference in summary["elsewhere"]:
         console.print(f"[yellow]Made on another platform than this one[/] ({escape(difference)}): run here, the same commit may give other digests")
     console.print(f"\nNext: [bold]{summary['next']}[/]")
