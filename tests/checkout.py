@@ -156,9 +156,9 @@ def served(bento: Path, timeout: float = 120) -> Iterator[OpenAI]:
         server.wait(30)
 
 
-def ask(bento: Path, *questions: str) -> list[tuple[str | None, str]]:
-    """Answer and fingerprint of the served model, for each question."""
+def ask(bento: Path, *questions: str) -> list[tuple[str, str]]:
+    """Digest (its beginning) and answer of the served model, for each question."""
     with served(bento) as client:
         model = client.models.list().data[0].id
         answers = [client.chat.completions.create(model=model, temperature=0, messages=[{"role": "user", "content": question}]) for question in questions]
-    return [(answer.system_fingerprint, str(answer.choices[0].message.content)) for answer in answers]
+    return [(str(answer.system_fingerprint).removeprefix("fp_").removeprefix("sha256:"), str(answer.choices[0].message.content)) for answer in answers]

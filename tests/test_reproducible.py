@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.files import remove
-from tests.checkout import commit, cut_down_tiny, environment, first_difference, merge, ran, sh, working_tree
+from stages.files import read_json, remove
+from tests.checkout import ask, commit, cut_down_tiny, environment, first_difference, merge, ran, sh, working_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -68,11 +68,10 @@ def clones() -> Iterator[tuple[Clone, Clone]]:
         commit(origin, "Make small experiments")
         (top / "locales").mkdir()
         here, there = top / "here" / "trunkline", top / "ein Übungsordner" / "von jemand anderem"
-        for folder in (here, there):
-            folder.parent.mkdir()
-            (folder.parent / "home").mkdir()
-            (folder.parent / "home" / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")  # the origin is somebody else's
-        first = environment(here, **locale(top / "locales", "de_DE", "ISO-8859-1"), HOME=str(here.parent / "home"), TZ="UTC", PYTHONHASHSEED="1",
+        for folder in (here.parent, there.parent, there.parent / "home"):
+            folder.mkdir()
+        (there.parent / "home" / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")  # the origin is somebody else's
+        first = environment(here, **locale(top / "locales", "de_DE", "ISO-8859-1"), TZ="UTC", PYTHONHASHSEED="1",
                             TRUNKLINE_WORKERS="1", OMP_NUM_THREADS="1")  # fmt: skip
         second = environment(there, **locale(top / "locales", "tr_TR", "UTF-8"), HOME=str(there.parent / "home"), TZ="Pacific/Chatham",
                              PYTHONHASHSEED="12345", TRUNKLINE_WORKERS="2", OMP_NUM_THREADS="2", OPENBLAS_NUM_THREADS="2", HF_HOME=str(there.parent / "hf"),
@@ -109,3 +108,44 @@ def test_two_clones_of_default_write_the_same_lock_up_to_tune(clones: tuple[Clon
         assert ran(clone.run("dvc", "repro", "tune"))[-1] == "tune"
     assert first_difference(*(clone.folder for clone in clones)) == ""
     assert "adapter" in "".join(path.name for path in (clones[1].folder / "models/tune").iterdir())
+
+
+QUESTIONS = ("Where is my order? I want to know its status.", "I forgot my password.", "My tent arrived torn, and I want my money back.")
+
+
+def test_a_revert_brings_back_the_earlier_model_without_running_anything(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run, tmp_path / "trunkline", symlinks=True)
+    lock, params, answers = (folder / "dvc.lock").read_bytes(), (folder / "params.yaml").read_bytes(), ask(folder / "models/package", *QUESTIONS)
+
+    merge(folder, "tiny", {"tune": {"learning_rate": 4.0e-2}})
+    sh(folder, "git", "commit", "-qam", "Learn faster")
+    assert ran(sh(folder, "dvc", "repro")) == ["compose", "tune", "export", "evaluate", "redteam", "gate", "package"]
+    commit(folder, "Run it")
+    changed = ask(folder / "models/package", *QUESTIONS)
+    assert {digest for digest, _ in changed}.isdisjoint({digest for digest, _ in answers})
+    assert [answer for _, answer in changed] != [answer for _, answer in answers], "both models say the same: this test would not see which one answers"
+
+    # what a merge brought in is reverted: configuration and lock together
+    sh(folder, "git", "revert", "--no-edit", "--no-commit", "HEAD~2..HEAD")
+    commit(folder, "Learn as before")
+    done = sh(folder, "dvc", "repro")
+    assert ran(done) == []
+    assert (folder / "dvc.lock").read_bytes() == lock
+    assert sh(folder, "git", "status", "--porcelain").stdout == ""
+    assert ask(folder / "models/package", *QUESTIONS) == answers
+
+    # only the configuration is reverted: it is composed again, and every stage's result comes from the run-cache
+    sh(folder, "git", "reset", "-q", "--hard", tip(folder, "Run it"))
+    sh(folder, "dvc", "checkout")
+    sh(folder, "git", "revert", "--no-edit", tip(folder, "Learn faster"))
+    assert ran(sh(folder, "dvc", "repro")) == ["compose"]
+    assert (folder / "dvc.lock").read_bytes() == lock
+    assert (folder / "params.yaml").read_bytes() == params
+    verdict, result = read_json(folder / "models/gate/verdict.json"), read_json(folder / "models/redteam/result.json")
+    assert verdict["digest"] == result["digest"]
+    assert verdict["digest"].startswith(answers[0][0])
+
+
+def tip(folder: Path, subject: str) -> str:
+    """The newest commit of this subject."""
+    return sh(folder, "git", "log", "-1", "--format=%H", f"--grep=^{subject}$").stdout.strip()
