@@ -1,6 +1,6 @@
 """Measure the exported model with lm-eval, on the engine that will serve it, beside the untuned base.
 
-Reads:  models/export/engine, models/select/base, data/preprocess, data/collect, conf/evaluate/tasks
+Reads:  models/export/engine, models/select/base, data/preprocess/*.jsonl, data/collect, conf/evaluate/tasks
 Writes: models/evaluate/scores.json, models/evaluate/samples/<task>.jsonl, models/evaluate/answers.json
 Config: evaluate, serve.engine
 """

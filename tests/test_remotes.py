@@ -103,15 +103,34 @@ def in_cache(folder: Path, lock: Path) -> set[str]:
     return found
 
 
-def test_a_rebuild_fetches_only_what_it_needs(origin: Path, tmp_path: Path) -> None:
+NEEDED_BY_PACKAGE = {"models/export/engine/model.bin", "data/preprocess/train.jsonl", "models/select/leaderboard.json", "data/collect/manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stages", "needed", "needless"),
+    [
+        (
+            "conf/gate/tiny.yaml", "direction: at_most, limit: 0.0", "direction: at_most, limit: 0.5", ["gate", "package"],
+            NEEDED_BY_PACKAGE, ("models/select/base/", "models/tune/model/", "models/export/safetensors/", "data/collect/tickets", "data/validate/docs"),
+        ),
+        (
+            "conf/experiment/tiny.yaml", "learning_rate: 0.004", "learning_rate: 0.003", ["tune", "export", "evaluate", "redteam", "gate", "package"],
+            {"models/select/base/model.safetensors", "data/preprocess/test.jsonl"}, ("models/tune/model/", "models/export/engine/", "data/validate/docs"),
+        ),
+    ],
+    ids=["limit", "learning-rate"],
+)  # fmt: skip
+def test_a_rebuild_fetches_only_what_it_needs(
+    origin: Path, tmp_path: Path, file: str, old: str, new: str, stages: list[str], needed: set[str], needless: tuple[str, ...]
+) -> None:
     folder = clone(origin, tmp_path)
-    change(folder / "conf/gate/tiny.yaml", "direction: at_most, limit: 0.0", "direction: at_most, limit: 0.5")
+    change(folder / file, old, new)
     done = sh(folder, "dvc", "repro", "--pull", "--allow-missing")
-    assert ran(done) == ["compose", "gate", "package"]
+    assert ran(done) == ["compose", *stages]
     assert read_json(folder / "models/gate/verdict.json")["promote"] is True
-    fetched = in_cache(folder, origin / "dvc.lock")
-    assert {"models/export/engine/model.bin", "data/preprocess/train.jsonl", "models/select/leaderboard.json", "data/collect/manifest.json"} <= fetched
-    whole = in_cache(origin, origin / "dvc.lock")
-    for kept_away in ("models/select/base/", "models/tune/model/", "data/collect/tickets", "data/validate/"):
-        assert any(path.startswith(kept_away) for path in whole), f"{kept_away} is no longer written: mend this test"
-        assert not [path for path in fetched if path.startswith(kept_away)]
+    fetched, whole = (in_cache(of, origin / "dvc.lock") for of in (folder, origin))
+    assert needed <= fetched
+    for prefix in needless:
+        assert any(path.startswith(prefix) for path in whole), f"{prefix} is no longer written: mend this test"
+        assert not [path for path in fetched if path.startswith(prefix)]
+    assert len(ask(folder / "models/package", "Where is my order?")) == 1
