@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conf.schema import Package
+from stages import platform
 
 
 def model_card(
@@ -18,6 +19,7 @@ def model_card(
     redteam: Mapping[str, Any],
     verdict: Mapping[str, Any],
     export: Mapping[str, Any],
+    platforms: Mapping[str, platform.Platform],
 ) -> str:
     """MODEL_CARD.md: metadata for the hub, then data, scores, red-team, limits and digests for people.
 
@@ -29,6 +31,7 @@ def model_card(
         redteam: models/redteam/result.json.
         verdict: models/gate/verdict.json.
         export: models/export/summary.json.
+        platforms: stage -> where it computed.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -75,6 +78,10 @@ def model_card(
         "Export": f"{export['engine']}, {export['quantization']}, {export['parameters']:,} parameters. Agreement with the merged float32 model: "
         f"{_number(export['agreement'])} of {export['positions']} positions; largest difference of a log-probability: "
         f"{_number(export['max_logit_difference'])} nats.",
+        "Made on": "\n\n".join(
+            f"{', '.join(stages)}: {'; '.join(f'{key} {value}' for key, value in sorted(made_on.items()))}." for stages, made_on in platform.grouped(platforms)
+        )
+        or "Not recorded.",
         "Digests": f"engine sha256 `{digest}`. Every input's digest is in provenance.json.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items())

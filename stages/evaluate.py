@@ -1,6 +1,6 @@
 """Measure the exported model with lm-eval, on the engine that will serve it, beside the untuned base.
 
-Reads:  models/export/engine, models/select/base, data/preprocess, data/collect, conf/evaluate/tasks
+Reads:  models/export/engine, models/select/base, data/preprocess/*.jsonl, data/collect, conf/evaluate/tasks
 Writes: models/evaluate/scores.json, models/evaluate/samples/<task>.jsonl, models/evaluate/answers.json
 Config: evaluate, serve.engine
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import conf
 from conf.errors import DataError
 from conf.schema import EngineSettings, Evaluate, Task
+from stages import platform
 from stages.files import publish, sha256, write_json, write_jsonl
 from stages.records import Record, read_records
 from stages.results import Result, average, sample_rows, slice_scores
@@ -119,6 +120,7 @@ def main() -> None:
         raise DataError(f"{EXPORTED} is missing", "run `dvc repro export`, or `dvc pull`")
     tuned, said = measure_all(EXPORTED, engine_settings, settings)
     base, base_said = measure_all(base_engine(engine_settings), engine_settings, settings, 1) if settings.base else ({}, [{} for _ in said])
+    made_on = platform.record("evaluate", ("select", "export"), *platform.ENGINES[engine_settings.kind])
     with publish(OUT) as folder:
         (folder / "samples").mkdir(parents=True)
         scores = {}
@@ -139,7 +141,7 @@ def main() -> None:
             folder / "answers.json",
             [{"prompt": t["prompt"], "base": b.get("answer"), "tuned": t["answer"], "target": t["target"]} for t, b in zip(said, base_said, strict=True)],
         )
-        write_json(folder / "scores.json", {"tasks": scores, "digest": sha256(EXPORTED)})
+        write_json(folder / "scores.json", {"tasks": scores, "digest": sha256(EXPORTED), "platform": made_on})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import conf
 from conf.errors import DataError, ModelError
 from conf.schema import EngineSettings, Export
+from stages import platform
 from stages.convert import copy_tokenizer, to_ctranslate2
 from stages.files import publish, remove, sha256, write_json
 from stages.records import Record, read_records
@@ -178,8 +179,9 @@ def main() -> None:
             found = compare(reference, open_engine(out / "engine", engine), [conversation(reference.chat, r) for r in probes(settings.probes)])
             hold(found, settings)
             log.info("the exported model agrees with the merged one at %.1f%% of %d positions", 100 * found.agreement, found.positions)
+            made_on = platform.record("export", ("select", "tune"), "torch", *platform.ENGINES[engine.kind])
             summary = {"engine": engine.kind, "quantization": engine.quantization, "dtype": settings.dtype, "parameters": parameters,
-                       "bytes": size(out / "engine"), "digest": sha256(out / "engine"), **vars(found)}  # fmt: skip
+                       "bytes": size(out / "engine"), "digest": sha256(out / "engine"), **vars(found), "platform": made_on}  # fmt: skip
             write_json(out / "summary.json", summary)
     finally:
         remove(scratch)

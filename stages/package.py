@@ -34,6 +34,7 @@ import conf
 from conf.errors import Held, ModelError
 from conf.schema import Package, Serve
 from conf.yaml import read
+from stages import platform
 from stages.card import model_card
 from stages.closure import closure
 from stages.files import canonical, publish, read_json, remove, sha256, write_json
@@ -93,7 +94,8 @@ def requirements(kind: str) -> list[str]:
 
 
 def provenance(digest: str) -> dict[str, Any]:
-    """Where the model comes from: digests of every input, of the whole configuration (its values as canonical JSON) and of every source; versions."""
+    """Where the model comes from: digests of every input, of the whole configuration (its values as canonical JSON) and of every source; versions;
+    and the platform on which each stage computed."""
     versions = {name: importlib.metadata.version(name).partition("+")[0] for name in MADE_WITH}
     return {
         "engine": digest,
@@ -101,6 +103,7 @@ def provenance(digest: str) -> dict[str, Any]:
         "inputs": {str(path): sha256(path) for path in INPUTS if path.exists()},
         "sources": {name: {key: entry[key] for key in ("address", "pinned", "sha256") if key in entry} for name, entry in read_json(MANIFEST).items()},
         "versions": {"python": f"{sys.version_info.major}.{sys.version_info.minor}", **versions},
+        "platforms": platform.recorded(),
         "commit": "the commit whose dvc.lock names models/package with the digest of this folder",
     }
 
@@ -116,7 +119,8 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     write_json(context / "serve.json", {"name": settings.name, "digest": digest, "serve": asdict(serve)})
     write_json(context / "provenance.json", provenance(digest))
     card = model_card(settings, digest=digest, manifest=read_json(MANIFEST), leaderboard=read_json(LEADERBOARD), scores=read_json(SCORES),
-                      redteam=read_json(REDTEAM / "result.json"), verdict=read_json(VERDICT), export=read_json(EXPORT / "summary.json"))  # fmt: skip
+                      redteam=read_json(REDTEAM / "result.json"), verdict=read_json(VERDICT), export=read_json(EXPORT / "summary.json"),
+                      platforms=platform.recorded())  # fmt: skip
     (context / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     write_json(context / "bentofile.yaml", {  # JSON is YAML
         "service": f"{SERVICE}:Service", "name": settings.name, "description": "file:MODEL_CARD.md", "include": ["*"], "exclude": ["bentofile.yaml"],
@@ -180,6 +184,8 @@ def main() -> None:
             if (inside := sha256(out / "src" / "engine")) != digest:
                 raise ModelError(f"the engine inside the Bento is {inside}, and {digest} was gated", "free some disk space and run `dvc repro package`")
     record_commit(OUT)
+    if mixed := platform.mixed(platform.recorded()):
+        log.warning("the stages of this model ran on different platforms (%s): to make its bytes again takes all of them", "; ".join(mixed))
     log.info("packaged %s:%s; `bentoml serve %s` serves it", settings.name, digest[:16], "$PWD/" + str(OUT))
 
 

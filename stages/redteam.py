@@ -24,6 +24,7 @@ import conf
 from conf.errors import ConfigError, DataError
 from conf.schema import EngineSettings, Redteam
 from conf.schema import Guard as GuardSettings
+from stages import platform
 from stages.files import publish, sha256, write_json, write_jsonl
 from stages.guard_training import split, train
 from stages.outcomes import canary, outcome, share, summary
@@ -188,6 +189,7 @@ def main() -> None:
                     "learnt": {"attacks": len(learn_attacks), "benign": len(learn_benign), "customers": len(customers)},
                 },
                 "digest": sha256(EXPORTED),
+                "platform": platform.record("redteam", ("export",), "numpy", *platform.ENGINES[engine_settings.kind]),
             },
         )
         log.info("attacks that succeed: %d of %d; false alarms: %d of %d; canary leaks: %d", successes, len(rows), blocked, len(alarms), leaked)

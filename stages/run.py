@@ -1,4 +1,4 @@
-"""How a stage runs as a process: fixed hash seed, one-sentence errors, progress on a terminal, and a cost record.
+"""How a stage runs as a process: fixed hash seed and time zone, one-sentence errors, progress on a terminal, and a cost record.
 
 Exit codes: 0 done, 1 a check held or a source failed, 2 the configuration is wrong, 130 interrupted.
 Time and memory vary from run to run, so they go to `.dvc/tmp/trunkline/costs.jsonl`, which no stage depends on.
@@ -30,6 +30,8 @@ def run(main: Callable[[], None]) -> None:
     if os.environ.get("PYTHONHASHSEED") != "0":
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ |= {"TZ": "UTC", "LC_ALL": "C.UTF-8"}  # Great Expectations prints times in the local zone; what a stage starts speaks one language
+    time.tzset()
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -15,7 +15,7 @@ from pathlib import Path
 import conf
 from conf.errors import ModelError, PolicyBreach
 from conf.schema import Candidate, Classification, EngineSettings, Limits, Made, Select
-from stages import pretrain, weights
+from stages import platform, pretrain, weights
 from stages.files import publish, remove, write_json
 from stages.run import WORK
 from stages.sources import policy
@@ -139,7 +139,7 @@ def choose(rows: list[Row], prefer: str | None) -> tuple[Row, str]:
     return best, why
 
 
-def leaderboard(settings: Select, rows: list[Row], chosen: Row, why: str) -> Mapping[str, object]:
+def leaderboard(settings: Select, rows: list[Row], chosen: Row, why: str, made_on: platform.Platform) -> Mapping[str, object]:
     """The leaderboard as JSON: chosen first, then by score."""
     order = sorted(rows, key=lambda r: (r is not chosen, r.outcome == "refused", -(r.score or 0.0), r.candidate))
     return {
@@ -147,6 +147,7 @@ def leaderboard(settings: Select, rows: list[Row], chosen: Row, why: str) -> Map
         "why": why,
         "probe": {"task": settings.probe.task, "metric": settings.probe.metric, "limit": settings.probe.limit},
         "candidates": [vars(row) for row in order],
+        "platform": made_on,
     }
 
 
@@ -161,6 +162,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(settings.threads)
+    made_on = platform.record("select", (), "torch")
     remove(SCRATCH)
     for row in left:
         log.info("%s: preparing %s parameters", row.candidate, f"{row.parameters:,}")
@@ -171,7 +173,7 @@ def main() -> None:
     chosen.outcome, chosen.reasons = "chosen", [why]
     with publish(OUT / "base") as base:
         (SCRATCH / chosen.candidate).replace(base)
-    write_json(OUT / "leaderboard.json", leaderboard(settings, rows, chosen, why))
+    write_json(OUT / "leaderboard.json", leaderboard(settings, rows, chosen, why, made_on))
     remove(SCRATCH)
     log.info(why)
 

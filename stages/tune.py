@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import conf
 from conf.errors import DataError, ModelError
 from conf.schema import Tune
+from stages import platform
 from stages.files import canonical, publish, read_json, remove, sha256, write_json
 from stages.records import Message, Record, read_records
 from stages.run import WORK
@@ -135,6 +136,7 @@ def main() -> None:
     from stages.training import build, last_whole
     from stages.weights import quiet, save
 
+    made_on = platform.record("tune", ("select",), "torch")
     folder = SCRATCH / digest(settings)
     with quiet():
         trainer = build(settings, BASE, [split_turns(r, chat) for r in train], [split_turns(r, chat) for r in validation], folder)
@@ -154,7 +156,7 @@ def main() -> None:
         draw(trainer.state.log_history, folder / "live")
         (folder / "live" / "plots").replace(out)
     cut = count_cut(train, chat, settings.max_length)
-    write_json(OUT / "summary.json", summarise(trainer, len(train), cut))
+    write_json(OUT / "summary.json", summarise(trainer, len(train), cut) | {"platform": made_on})
     remove(folder)
 
 

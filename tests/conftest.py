@@ -76,3 +76,16 @@ def python(small: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run([sys.executable, *arguments], cwd=small, capture_output=True, text=True, check=False)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with `tiny` cut down, run whole and committed. Copy it or clone it, never write into it."""
+    from tests.checkout import EVERYTHING, commit, cut_down_tiny, ran, sh, working_tree
+
+    folder = working_tree(tmp_path_factory.mktemp("tiny") / "trunkline", "tiny")
+    cut_down_tiny(folder)
+    commit(folder, "Use a small tiny")
+    assert ran(sh(folder, "dvc", "repro")) == EVERYTHING
+    commit(folder, "Run it")
+    return folder

@@ -3,69 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.checkout import EVERYTHING, change, commit, ran, served, sh, working_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-EVERYTHING = ["compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package"]
-
-
-def sh(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command with this environment's programs on PATH."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=env)
-    assert not check or done.returncode == 0, f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def ran(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The stages that `dvc repro` executed."""
-    return re.findall(r"Running stage '(\w+)'", done.stdout)
-
-
-def change(file: Path, old: str, new: str) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert old in text, f"{old!r} is not in {file}"
-    file.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
-def working_tree(folder: Path, experiment: str) -> Path:
-    """Make this working tree a repository of its own in `folder`, with an experiment selected and nothing run."""
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file() and name not in {"dvc.lock", "params.yaml"}:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    sh(folder, "git", "init", "-q", "-b", "main")
-    sh(folder, "git", "config", "user.email", "test@example.org")
-    sh(folder, "git", "config", "user.name", "Test")
-    sh(folder, sys.executable, "-m", "stages.operate.cli", "use", experiment)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in a folder with a blank, with `tiny` run whole."""
     folder = working_tree(tmp_path_factory.mktemp("a checkout") / "trunkline", "tiny")
-    sh(folder, "git", "add", "-A")
-    sh(folder, "git", "commit", "-qm", "Use tiny")
+    commit(folder, "Use tiny")
     done = sh(folder, "dvc", "repro")
     assert ran(done) == EVERYTHING
-    sh(folder, "git", "add", "-A")
-    sh(folder, "git", "commit", "-qm", "Run tiny")
+    commit(folder, "Run tiny")
     return folder
 
 
@@ -174,32 +130,12 @@ def test_bad_data_is_stopped_by_the_stage_that_should_stop_it(tree: Path, damage
 
 
 def test_the_bento_answers_over_http(tree: Path) -> None:
-    from openai import APIConnectionError, OpenAI
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "BENTOML_DO_NOT_TRACK": "1"}
-    command = [sys.executable, "-m", "bentoml", "serve", str(tree / "models/package"), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=tree.parent, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        for _ in range(120):
-            assert server.poll() is None, server.stderr.read().decode() if server.stderr else ""
-            try:
-                models = client.models.list()
-                break
-            except APIConnectionError:  # not up yet
-                time.sleep(0.5)
-        answer = client.chat.completions.create(
-            model=models.data[0].id, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}]
-        )
+    with served(tree / "models/package") as client:
+        model = client.models.list().data[0].id
+        answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Where is my order? I want to know its status."}])
         assert answer.choices[0].message.content
         assert answer.usage is not None
         assert answer.usage.completion_tokens > 0
         verdict = json.loads((tree / "models/gate/verdict.json").read_text())
         assert answer.system_fingerprint is not None
         assert verdict["digest"].startswith(answer.system_fingerprint.removeprefix("fp_").removeprefix("sha256:"))
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)

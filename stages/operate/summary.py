@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
 from conf.errors import DataError
+from stages import platform
 from stages.files import read_json, sha256
 from stages.run import COSTS
 
@@ -37,6 +40,10 @@ class Summary(TypedDict):
     answers: list[dict[str, str]]
     costs: list[Cost]
     made: dict[str, int]
+    platforms: dict[str, platform.Platform]
+    """Stage -> where it computed."""
+    elsewhere: list[str]
+    """In what this machine differs from the one on which a stage computed."""
     next: str
 
 
@@ -64,6 +71,7 @@ def gather() -> Summary:
         raise DataError("the verdict is of another model than models/export holds", "the last run stopped before the gate; run `dvc repro`")
     promoted = bool(verdict["promote"]) and BENTO.exists()
     made = {str(p): sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in (Path("models/tune"), ENGINE, *([BENTO] if promoted else []))}
+    platforms = platform.recorded()
     return Summary(
         scores=read_json(SCORES)["tasks"],
         attacks=read_json(ATTACKS),
@@ -71,8 +79,16 @@ def gather() -> Summary:
         answers=read_json(ANSWERS)[:3],
         costs=costs(),
         made=made,
+        platforms=platforms,
+        elsewhere=elsewhere(platforms),
         next="make serve" if promoted else "trunkline config gate  (the limits that held it)",
     )
+
+
+def elsewhere(platforms: Mapping[str, platform.Platform]) -> list[str]:
+    """In what this machine differs from those on which the stages computed, in words."""
+    here = platform.describe(*sorted({*chain.from_iterable(platforms.values())} & platform.SWITCHES.keys()))
+    return [f"{', '.join(stages)}: {'; '.join(found)}" for stages, made_on in platform.grouped(platforms) if (found := platform.differences(here, made_on))]
 
 
 def show(as_json: bool = False) -> None:
@@ -129,4 +145,9 @@ def show(as_json: bool = False) -> None:
 
     for path, size in summary["made"].items():
         console.print(f"  {path}  {size / 2**20:,.1f} MiB")
+    console.print()
+    for stages, made_on in platform.grouped(summary["platforms"]):
+        console.print(f"Made on ({', '.join(stages)}): " + "; ".join(f"{key} {value}" for key, value in sorted(made_on.items())), markup=False)
+    for difference in summary["elsewhere"]:
+        console.print(f"[yellow]Made on another platform than this one[/] ({escape(difference)}): run here, the same commit may give other digests")
     console.print(f"\nNext: [bold]{summary['next']}[/]")
