@@ -155,7 +155,7 @@ def main() -> None:
         (folder / "live" / "plots").replace(out)
     cut = count_cut(train, chat, settings.max_length)
     write_json(OUT / "summary.json", summarise(trainer, len(train), cut))
-    remove(folder)
+    remove(SCRATCH)  # with what killed runs of other settings left
 
 
 if __name__ == "__main__":
