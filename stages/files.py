@@ -16,6 +16,8 @@ from typing import Any
 
 from conf.errors import DataError
 
+WRITING = "while writing "
+"""Begins the note that an error gets on its way out of `publish`: a full disk does not say which file it had no room for."""
 SEAL = "sealed.json"
 """File in a sealed folder: the digest of the others."""
 
@@ -35,6 +37,9 @@ def publish(path: Path) -> Iterator[Path]:
         if temporary.is_dir() and path.exists():
             path.replace(old)
         temporary.replace(path)
+    except Exception as error:
+        error.add_note(f"{WRITING}{path}")
+        raise
     finally:
         remove(temporary)
         remove(old)

@@ -37,7 +37,7 @@ from conf.yaml import read
 from stages.card import model_card
 from stages.closure import closure
 from stages.files import canonical, publish, read_json, remove, sha256, write_json
-from stages.run import WORK, disk_trouble, scratch
+from stages.run import WORK, refusal, scratch
 
 EXPORT, REDTEAM, SCORES, VERDICT = Path("models/export"), Path("models/redteam"), Path("models/evaluate/scores.json"), Path("models/gate/verdict.json")
 LEADERBOARD, MANIFEST, ROWS = Path("models/select/leaderboard.json"), Path("data/collect/manifest.json"), Path("data/preprocess")
@@ -137,8 +137,8 @@ def build(context: Path, store: Path, version: str) -> Path:
     command = [sys.executable, "-m", "bentoml", "build", "--version", version, "--output", "tag", "."]
     done = subprocess.run(command, cwd=context, env=environment, capture_output=True, text=True, check=False)
     built = sorted((store / "bentos").glob(f"*/{version}"))
-    if trouble := disk_trouble(done.stderr if done.returncode else ""):
-        raise OSError(*trouble)
+    if done.returncode and (words := refusal(done.stderr)):
+        raise ModelError(f"bentoml build: {words}: {store.parent}", "free some space or make it writable, then `dvc repro`")
     if done.returncode or len(built) != 1:
         raise ModelError(f"bentoml build failed:\n{(done.stderr or done.stdout).strip()[-2000:]}", "see the message of BentoML")
     return built[0]

@@ -18,37 +18,44 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from shutil import disk_usage
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import TypeVar
 
 from conf.errors import TrunklineError
-from stages.files import remove
+from stages.files import WRITING, remove
+from stages.intact import check_inputs
 
 WORK = Path(".dvc/tmp/trunkline")
 COSTS = WORK / "costs.jsonl"
-DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)}
+DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)}
 """What a disk may refuse, and how that reads: libraries often keep only the words."""
 FULL = re.compile("database or disk is full|PytorchStreamWriter failed writing|write failed|Failed to write")
 """How libraries say that a file could not be written without saying why."""
+
+ROOM = 1 << 20
+"""Bytes: a disk with less is full."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def disk_trouble(what: BaseException | str) -> tuple[int, str, str] | None:
-    """Errno, words and file of the disk's refusal behind an error (or in what a program printed); null: the disk is not to blame."""
-    text = what if isinstance(what, str) else ""
-    error = None if isinstance(what, str) else what
+def disk_trouble(error: BaseException | None) -> str | None:
+    """The disk's refusal behind an error, with the file or folder; null: the disk is not to blame."""
+    words, place = "", ""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK:
-            return error.errno, DISK[error.errno], str(error.filename or "")
-        text += f"{error}\n"
+        place = next((note.removeprefix(WRITING) for note in getattr(error, "__notes__", []) if note.startswith(WRITING)), place)
+        if isinstance(error, OSError) and error.errno in {*DISK, errno.EACCES}:
+            words, place = os.strerror(error.errno), str(error.filename or place)
+        words = words or refusal(str(error))
         error = error.__cause__ or error.__context__
-    for code, words in DISK.items():
-        if words in text:
-            named = re.search(rf"{words}[^\n]*?:? '([^'\n]+)'", text)
-            return code, words, named[1] if named else ""
-    return (errno.ENOSPC, DISK[errno.ENOSPC], "") if FULL.search(text) else None
+    full = [str(folder) for folder in (Path(), Path("data"), Path("models"), WORK, Path(gettempdir())) if folder.exists() and disk_usage(folder).free < ROOM]
+    return f"{words}: {place or ', '.join(full) or 'a disk that it writes to'}" if words else None
+
+
+def refusal(said: str) -> str:
+    """The disk's words in a library's or a program's message; empty: it says nothing of a disk."""
+    return next((words for words in DISK.values() if words in said), DISK[errno.ENOSPC] if FULL.search(said) else "")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -82,6 +89,8 @@ def run(main: Callable[[], None]) -> None:
 
     started = time.monotonic()
     try:
+        if "DVC_STAGE" in os.environ:
+            check_inputs(stage)
         main()
         record(stage, time.monotonic() - started)
     except TrunklineError as error:
@@ -93,8 +102,7 @@ def run(main: Callable[[], None]) -> None:
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        _, words, file = trouble
-        stop(f"{words}: {file or 'on a disk that it writes to'}\n  → free some space or make it writable, then `dvc repro`: nothing half-written was kept", 1)
+        stop(f"{trouble}\n  → free some space or make it writable, then `dvc repro`: nothing half-written was kept", 1)
 
 
 def record(stage: str, seconds: float) -> None:

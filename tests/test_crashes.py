@@ -1,0 +1,191 @@
+"""Killed, out of disk, cut off, interrupted, started twice, tampered with: `dvc repro` then ends where an undisturbed run does.
+
+A cut-down `tiny` (fewer steps and rows, changed in the test's own checkout) is run undisturbed once, for its lock and for how long each
+stage takes. The moments of the kills are drawn from TRUNKLINE_SEED, which is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.test_end_to_end import EVERYTHING, change, ran, sh, working_tree
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+KILLS = 5
+"""Of each stage."""
+SMALLER = [
+    ("conf/select/made.yaml", "steps: 120", "steps: 6"),
+    ("conf/select/made.yaml", "limit: 24", "limit: 4"),
+    ("conf/experiment/tiny.yaml", "epochs: 4.0", "epochs: null\n  steps: 12\n  checkpoint_every: 2"),
+    ("conf/experiment/tiny.yaml", "per_source: 6", "per_source: 1"),
+    ("conf/evaluate/tiny.yaml", "limit: 40", "limit: 4"),
+    ("conf/evaluate/tiny.yaml", "slice_by: label", "slice_by: label\n    limit: 8"),
+    ("conf/gate/tiny.yaml", "limit: 0.5", "limit: 0.0"),  # after twelve steps no model is good
+    ("conf/gate/tiny.yaml", "limit: 0.3", "limit: -1.0"),
+    ("conf/gate/tiny.yaml", "at_most, limit: 0.3", "at_most, limit: 1.0"),
+    ("conf/gate/tiny.yaml", "limit: 0.05", "limit: 1.0"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A checkout that ran undisturbed."""
+
+    folder: Path
+    lock: bytes
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of `dvc repro` of each stage, start-up and commit included."""
+
+
+def small_tiny(folder: Path) -> Path:
+    """A repository with the cut-down `tiny`, committed, nothing run."""
+    working_tree(folder, "tiny")
+    for file, old, new in SMALLER:
+        change(folder / file, old, new)
+    sh(folder, "git", "add", "-A")
+    sh(folder, "git", "commit", "-qm", "Use a small tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = small_tiny(tmp_path_factory.mktemp("undisturbed") / "trunkline")
+    seconds = {}
+    for stage in EVERYTHING:
+        started = time.monotonic()
+        assert ran(sh(folder, "dvc", "repro", stage)) == [stage]
+        seconds[stage] = time.monotonic() - started
+    sh(folder, "git", "add", "-A")
+    sh(folder, "git", "commit", "-qm", "Run it")
+    return Reference(folder=folder, lock=(folder / "dvc.lock").read_bytes(), seconds=seconds)
+
+
+@pytest.fixture
+def tree(reference: Reference, tmp_path: Path) -> Path:
+    """A copy of the undisturbed checkout with a cache of its own."""
+    return Path(shutil.copytree(reference.folder, tmp_path / "trunkline", symlinks=True))
+
+
+def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder), **environment}
+    return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+
+
+def stage_process(dvc: int) -> psutil.Process | None:
+    """The process of the stage that a `dvc repro` is running."""
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(dvc).children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                line = child.cmdline()
+                if "-m" in line and line[line.index("-m") + 1].startswith(("stages.", "conf")):
+                    return child
+    return None
+
+
+def left_running(folder: Path) -> list[str]:
+    """Command lines of processes that still work in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if Path(process.cwd()).is_relative_to(folder):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def locked_stages(folder: Path) -> list[str]:
+    """The stages in dvc.lock, in its order; none where it is missing or no YAML."""
+    try:
+        return list((yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8")) or {}).get("stages", {}))
+    except (FileNotFoundError, yaml.YAMLError):
+        return []
+
+
+def recover(folder: Path, stage: str) -> str:
+    """Put dvc.lock right, as the README says, when the kill of DVC cut it short; returns what was needed."""
+    before = EVERYTHING[: EVERYTHING.index(stage)]
+    if locked_stages(folder)[: len(before)] == before:
+        return "nothing"
+    done = sh(folder, "dvc", "repro", before[-1], check=False)
+    if done.returncode == 0:
+        assert set(ran(done)) <= {"compose", stage}, "what had been done came from the cache"
+        return "dvc repro"
+    assert "dvc.lock" in done.stderr
+    (folder / "dvc.lock").unlink()
+    assert set(ran(sh(folder, "dvc", "repro", before[-1]))) <= {"compose", stage}
+    return "rm dvc.lock, dvc repro"
+
+
+def test_fifty_kills_leave_the_lock_of_an_undisturbed_run(reference: Reference, tmp_path: Path) -> None:
+    seed = int(os.environ.get("TRUNKLINE_SEED") or secrets.randbelow(2**32))
+    sys.stdout.write(f"TRUNKLINE_SEED={seed}\n")
+    draw = random.Random(seed)
+    folder = small_tiny(tmp_path / "trunkline")
+    kills: Counter[str] = Counter()
+    recoveries: Counter[str] = Counter()
+    resumed = 0
+    for stage in EVERYTHING:
+        done = 0
+        while done < KILLS:
+            alone, after = done % 2 == 1, draw.uniform(0.0, reference.seconds[stage])
+            process = start(folder, "dvc", "repro", "--force", "--single-item", stage)
+            try:
+                process.wait(after)
+                said = process.communicate()[0]
+                assert process.returncode == 0, said
+                continue  # it was quicker
+            except subprocess.TimeoutExpired:
+                victim = stage_process(process.pid) if alone else None
+                if victim is not None:
+                    victim.kill()
+                    whom = "stage"
+                else:  # none is running: DVC starts up, or commits
+                    os.killpg(process.pid, signal.SIGKILL)
+                    whom = "group"
+            said = process.communicate()[0]
+            assert "Traceback" not in said
+            resumed += "going on from checkpoint-" in said
+            done += 1
+            kills[whom] += 1
+            needed = recover(folder, stage)
+            recoveries[needed] += 1
+            sys.stdout.write(f"{stage}: {whom} killed after {after:.2f} s; recovery: {needed}\n")
+        said = sh(folder, "dvc", "repro", stage)
+        resumed += "going on from checkpoint-" in said.stdout + said.stderr
+    sys.stdout.write(f"{kills.total()} kills ({dict(kills)}), {resumed} runs of tune resumed, recoveries {dict(recoveries)}\n")
+    assert kills.total() >= 50
+    assert min(kills["group"], kills["stage"]) >= 10
+    assert resumed > 0
+    sh(folder, "dvc", "repro")
+    assert (folder / "dvc.lock").read_bytes() == reference.lock
+    assert sh(folder, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
+    sh(folder, "git", "add", "-A")
+    assert (
+        sh(folder, "git", "diff", "--cached", "--name-only", "HEAD").stdout.split()
+        == sh(reference.folder, "git", "diff", "--name-only", "HEAD~", "HEAD").stdout.split()
+    )
+    mine, theirs = scratch_left(folder), scratch_left(reference.folder)
+    assert mine == theirs, "what killed runs left was swept"
+    assert left_running(folder) == []
+
+
+def scratch_left(folder: Path) -> set[str]:
+    """What lies in the scratch folder and beside outputs."""
+    found = {path.relative_to(folder).as_posix() for path in (folder / ".dvc/tmp/trunkline").iterdir()}
+    return found | {path.relative_to(folder).as_posix() for top in ("data", "models") for path in (folder / top).rglob("*.partial")}
