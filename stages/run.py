@@ -33,7 +33,7 @@ DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.ED
 FULL = re.compile("database or disk is full|PytorchStreamWriter failed writing|write failed|Failed to write")
 """How libraries say that a file could not be written without saying why."""
 
-ROOM = 1 << 20
+ROOM = 16 << 20
 """Bytes: a disk with less is full."""
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ def run(main: Callable[[], None]) -> None:
     except TrunklineError as error:
         stop(str(error), error.exit_code)
     except KeyboardInterrupt:
-        console.print(f"{stage} interrupted; nothing half-written was kept. `dvc repro` goes on from here.")
+        console.print(f"{stage} interrupted; nothing half-written was kept. `dvc repro` goes on from here.", soft_wrap=True)
         sys.exit(130)
     except Exception as error:  # of any library; the disk's refusal is told, all else keeps its traceback
         trouble = disk_trouble(error)

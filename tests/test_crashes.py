@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 KILLS = 5
 """Of each stage."""
+RESUMED = "going on from checkpoint-"
 SMALLER = [
     ("conf/select/made.yaml", "steps: 120", "steps: 6"),
     ("conf/select/made.yaml", "limit: 24", "limit: 4"),
@@ -132,57 +133,57 @@ def recover(folder: Path, stage: str) -> str:
     return "rm dvc.lock, dvc repro"
 
 
-def test_fifty_kills_leave_the_lock_of_an_undisturbed_run(reference: Reference, tmp_path: Path) -> None:
-    seed = int(os.environ.get("TRUNKLINE_SEED") or secrets.randbelow(2**32))
-    sys.stdout.write(f"TRUNKLINE_SEED={seed}\n")
-    draw = random.Random(seed)
-    folder = small_tiny(tmp_path / "trunkline")
-    kills: Counter[str] = Counter()
-    recoveries: Counter[str] = Counter()
-    resumed = 0
-    for stage in EVERYTHING:
-        done = 0
-        while done < KILLS:
-            alone, after = done % 2 == 1, draw.uniform(0.0, reference.seconds[stage])
-            process = start(folder, "dvc", "repro", "--force", "--single-item", stage)
-            try:
-                process.wait(after)
-                said = process.communicate()[0]
-                assert process.returncode == 0, said
-                continue  # it was quicker
-            except subprocess.TimeoutExpired:
-                victim = stage_process(process.pid) if alone else None
-                if victim is not None:
-                    victim.kill()
-                    whom = "stage"
-                else:  # none is running: DVC starts up, or commits
-                    os.killpg(process.pid, signal.SIGKILL)
-                    whom = "group"
+def kill_during(folder: Path, stage: str, seconds: float, draw: random.Random) -> Counter[str]:
+    """Run a stage by DVC and kill it KILLS times, in turn with DVC and alone; then let it finish. Counts who was killed and what was seen."""
+    seen: Counter[str] = Counter()
+    while seen["group"] + seen["stage"] < KILLS:
+        alone, after = (seen["group"] + seen["stage"]) % 2 == 1, draw.uniform(0.0, seconds)
+        process = start(folder, "dvc", "repro", "--force", "--single-item", stage)
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            victim = stage_process(process.pid) if alone else None
+            if victim is None:  # or there is none: DVC starts up, or commits
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                victim.kill()
+            whom = "group" if victim is None else "stage"
             said = process.communicate()[0]
             assert "Traceback" not in said
-            resumed += "going on from checkpoint-" in said
-            done += 1
-            kills[whom] += 1
             needed = recover(folder, stage)
-            recoveries[needed] += 1
-            sys.stdout.write(f"{stage}: {whom} killed after {after:.2f} s; recovery: {needed}\n")
-        said = sh(folder, "dvc", "repro", stage)
-        resumed += "going on from checkpoint-" in said.stdout + said.stderr
-    sys.stdout.write(f"{kills.total()} kills ({dict(kills)}), {resumed} runs of tune resumed, recoveries {dict(recoveries)}\n")
-    assert kills.total() >= 50
-    assert min(kills["group"], kills["stage"]) >= 10
-    assert resumed > 0
+            sys.stdout.write(f"{stage}: {whom} killed after {after:.2f} s; to recover: {needed}\n")
+            seen.update([whom, needed, *(["resumed"] if RESUMED in said else [])])
+        else:  # it was quicker
+            said = process.communicate()[0]
+            assert process.returncode == 0, said
+    done = sh(folder, "dvc", "repro", stage)
+    seen.update(["resumed"] if RESUMED in done.stdout + done.stderr else [])
+    return seen
+
+
+def check_recovered(folder: Path, reference: Reference) -> None:
+    """The checkout is what an undisturbed one is: lock, outputs, files in git, scratch; and nothing runs in it."""
     sh(folder, "dvc", "repro")
     assert (folder / "dvc.lock").read_bytes() == reference.lock
     assert sh(folder, "dvc", "status").stdout.strip() == "Data and pipelines are up to date."
     sh(folder, "git", "add", "-A")
-    assert (
-        sh(folder, "git", "diff", "--cached", "--name-only", "HEAD").stdout.split()
-        == sh(reference.folder, "git", "diff", "--name-only", "HEAD~", "HEAD").stdout.split()
-    )
-    mine, theirs = scratch_left(folder), scratch_left(reference.folder)
-    assert mine == theirs, "what killed runs left was swept"
+    names = sh(folder, "git", "diff", "--cached", "--name-only", "HEAD").stdout.split()
+    assert names == sh(reference.folder, "git", "diff", "--name-only", "HEAD~", "HEAD").stdout.split()
+    assert scratch_left(folder) == scratch_left(reference.folder), "what killed runs left was swept"
     assert left_running(folder) == []
+
+
+def test_fifty_kills_leave_the_lock_of_an_undisturbed_run(reference: Reference, tmp_path: Path) -> None:
+    seed = int(os.environ.get("TRUNKLINE_SEED") or secrets.randbelow(2**32))
+    sys.stdout.write(f"TRUNKLINE_SEED={seed}\n")
+    draw, folder, seen = random.Random(seed), small_tiny(tmp_path / "trunkline"), Counter[str]()
+    for stage in EVERYTHING:
+        seen += kill_during(folder, stage, reference.seconds[stage], draw)
+    sys.stdout.write(f"{dict(seen)}\n")
+    assert seen["group"] + seen["stage"] >= 50
+    assert min(seen["group"], seen["stage"]) >= 10
+    assert seen["resumed"] > 0
+    check_recovered(folder, reference)
 
 
 def scratch_left(folder: Path) -> set[str]:
