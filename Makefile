@@ -23,7 +23,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	@touch $@
 
 repro: setup
-	@dvc repro; code=$$?; trunkline summary && exit $$code
+	@trunkline repro; code=$$?; trunkline summary && exit $$code
 
 test: setup
 	@pytest -m "not slow and not gpu"

@@ -18,7 +18,7 @@ import conf
 from conf.errors import DataError
 from conf.schema import EngineSettings, Evaluate, Task
 from stages import platform
-from stages.files import publish, sha256, write_json, write_jsonl
+from stages.files import is_sealed, publish, remove, seal, sha256, write_json, write_jsonl
 from stages.records import Record, read_records
 from stages.results import Result, average, sample_rows, slice_scores
 from stages.run import WORK
@@ -80,12 +80,14 @@ def base_engine(settings: EngineSettings) -> Path:
     if settings.kind != "ctranslate2":
         return BASE
     digest = hashlib.sha256(f"{sha256(BASE)} {settings.quantization}".encode()).hexdigest()[:16]
-    folder = WORK / "evaluate" / digest
-    if not folder.exists():
+    kept = WORK / "evaluate"
+    if not is_sealed(kept / digest):
         from stages.convert import to_ctranslate2
 
-        to_ctranslate2(BASE, folder, settings.quantization)
-    return folder
+        remove(kept)  # one base at a time
+        to_ctranslate2(BASE, kept / digest, settings.quantization)
+        seal(kept / digest)
+    return kept / digest
 
 
 def measure_all(

@@ -1,4 +1,8 @@
-"""Files that are whole or absent, in canonical form: publish by rename, sorted JSON, JSONL, digests."""
+"""Files that are whole or absent, in canonical form: publish by rename, sorted JSON, JSONL, digests.
+
+A rename is not flushed to the disk: a killed process loses nothing, a power cut may leave a published file short. So whatever is
+taken as whole from an earlier run is held against a digest first: downloads by their own, outputs by DVC, scratch by its `seal`.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,33 @@ from typing import Any
 
 from conf.errors import DataError
 
+WRITING = "while writing "
+"""Begins the note that an error gets on its way out of `publish`: a full disk does not say which file it had no room for."""
+SEAL = "sealed.json"
+"""File in a sealed folder: the digest of the others."""
+
 
 @contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success rename it over `path` (file or folder), on failure remove it."""
+    """Give a temporary path beside `path`; on success rename it over `path` (file or folder), on failure remove it.
+
+    A folder is moved aside before it is replaced: at no moment is there a half of it under its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old.partial")
     remove(temporary)
+    remove(old)
     try:
         yield temporary
-        if temporary.is_dir():
-            remove(path)
+        if temporary.is_dir() and path.exists():
+            path.replace(old)
         temporary.replace(path)
+    except Exception as error:
+        error.add_note(f"{WRITING}{path}")
+        raise
     finally:
         remove(temporary)
+        remove(old)
 
 
 def remove(path: Path) -> None:
@@ -94,11 +111,28 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file, or of a folder: of the lines `<sha256>  <relative path>` sorted by path."""
+def seal(folder: Path) -> None:
+    """Write a folder's own digest into it, last: from then on it is whole."""
+    write_json(folder / SEAL, sha256(folder, leave_out=SEAL))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder is there, and still what was sealed."""
+    seal = folder / SEAL
+    if not seal.is_file():
+        return False
+    try:
+        pinned = read_json(seal)
+    except DataError:  # half of it
+        return False
+    return bool(sha256(folder, leave_out=SEAL) == pinned)
+
+
+def sha256(path: Path, leave_out: str = "") -> str:
+    """Digest of a file, or of a folder: of the lines `<sha256>  <relative path>` sorted by path, but for the one to `leave_out`."""
     if path.is_dir():
         files = sorted((f.relative_to(path).as_posix(), f) for f in path.rglob("*") if f.is_file())
-        listing = "".join(f"{sha256(file)}  {name}\n" for name, file in files)
+        listing = "".join(f"{sha256(file)}  {name}\n" for name, file in files if name != leave_out)
         return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

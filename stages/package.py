@@ -38,7 +38,7 @@ from stages import platform
 from stages.card import model_card
 from stages.closure import closure
 from stages.files import canonical, publish, read_json, remove, sha256, write_json
-from stages.run import WORK
+from stages.run import WORK, refusal, scratch
 
 EXPORT, REDTEAM, SCORES, VERDICT = Path("models/export"), Path("models/redteam"), Path("models/evaluate/scores.json"), Path("models/gate/verdict.json")
 LEADERBOARD, MANIFEST, ROWS = Path("models/select/leaderboard.json"), Path("data/collect/manifest.json"), Path("data/preprocess")
@@ -141,6 +141,8 @@ def build(context: Path, store: Path, version: str) -> Path:
     command = [sys.executable, "-m", "bentoml", "build", "--version", version, "--output", "tag", "."]
     done = subprocess.run(command, cwd=context, env=environment, capture_output=True, text=True, check=False)
     built = sorted((store / "bentos").glob(f"*/{version}"))
+    if done.returncode and (words := refusal(done.stderr)):
+        raise ModelError(f"bentoml build: {words}: {store.parent}", "free some space or make it writable, then `dvc repro`")
     if done.returncode or len(built) != 1:
         raise ModelError(f"bentoml build failed:\n{(done.stderr or done.stdout).strip()[-2000:]}", "see the message of BentoML")
     return built[0]
@@ -173,8 +175,8 @@ def main() -> None:
     digest = sha256(EXPORT / "engine")
     check(read_json(VERDICT), {str(path): read_json(path) for path in (EXPORT / "summary.json", SCORES, REDTEAM / "result.json")}, digest)
     remove(WORK / "package")
-    with tempfile.TemporaryDirectory(prefix="trunkline-package-") as folder:  # not under .dvc/: BentoML refuses hidden folders
-        context, store = Path(folder).resolve() / "context", Path(folder).resolve() / "store"
+    with scratch("trunkline-package", Path(tempfile.gettempdir())) as folder:  # not under .dvc/: BentoML refuses hidden folders
+        context, store = folder.resolve() / "context", folder.resolve() / "store"
         context.mkdir()
         lay_out(context, settings, serve, digest)
         bento = build(context, store, digest[:16])

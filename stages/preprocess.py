@@ -4,7 +4,7 @@ Reads: data/collect/*.jsonl and manifest.json (a dataset's `use` is there).
 Writes: data/preprocess/{train,validation,test,corpus,dropped}.jsonl, and last summary.json (counts per source and reason).
 Config: preprocess
 
-Streamed through datatrove tasks in `.dvc/tmp/trunkline/preprocess/`: no file is ever held whole. What grows with the rows in
+Streamed through datatrove tasks in a scratch folder of `.dvc/tmp/trunkline/`: no file is ever held whole. What grows with the rows in
 memory is the n-grams of the evaluation sets (8 bytes each), the groups of test sources, and the members of near-duplicate clusters.
 The rows are ordered by (use, source, id) once, and everything after keeps that order, so workers and shards change no byte.
 `attack` and `benign` datasets pass by: redteam reads them from data/collect.
@@ -20,8 +20,8 @@ from typing import Any
 import conf
 from conf.errors import DataError
 from conf.schema import Preprocess
-from stages.files import read_json, remove
-from stages.run import WORK, progress
+from stages.files import read_json
+from stages.run import progress, scratch
 
 COLLECTED = Path("data/collect")
 OUT = Path("data/preprocess")
@@ -134,15 +134,13 @@ def main() -> None:
         compile_template(getattr(settings.chat, key), key)
     manifest = read_json(COLLECTED / "manifest.json")
     inputs = sources(manifest)
-    work = (WORK / "preprocess").resolve()  # other machines see it under this path, and fsspec remembers what a relative one once meant
-    remove(work)
-    work.mkdir(parents=True)
-    clean(settings, inputs, work)
-    read = read_tally(work / "counts")["read"]
-    check_counts(manifest, read)
-    split(settings, deduplicate(settings, work), work)
-    summary = write_outputs(OUT, inputs, read, work)
-    remove(work)
+    with scratch("preprocess") as folder:
+        work = folder.resolve()  # other machines see it under this path, and fsspec remembers what a relative one once meant
+        clean(settings, inputs, work)
+        read = read_tally(work / "counts")["read"]
+        check_counts(manifest, read)
+        split(settings, deduplicate(settings, work), work)
+        summary = write_outputs(OUT, inputs, read, work)
     log.info("kept %s", ", ".join(f"{rows} {name}" for name, rows in summary["rows"].items()))
 
 

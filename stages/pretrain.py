@@ -127,7 +127,8 @@ def make(candidate: Made, texts: Sequence[str], dtype: Dtype, out: Path) -> int:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    with tempfile.TemporaryDirectory() as scratch, quiet():
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch, quiet():
         trainer = Trainer(
             model=model,
             train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in rows]),

@@ -1,28 +1,61 @@
 """How a stage runs as a process: fixed hash seed and time zone, one-sentence errors, progress on a terminal, and a cost record.
 
-Exit codes: 0 done, 1 a check held or a source failed, 2 the configuration is wrong, 130 interrupted.
+Exit codes: 0 done, 1 a check held, a source failed or the disk is full, 2 the configuration is wrong, 130 interrupted.
 Time and memory vary from run to run, so they go to `.dvc/tmp/trunkline/costs.jsonl`, which no stage depends on.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import disk_usage
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import TypeVar
 
 from conf.errors import TrunklineError
+from stages.files import WRITING, remove
+from stages.intact import check_inputs
 
 WORK = Path(".dvc/tmp/trunkline")
 COSTS = WORK / "costs.jsonl"
+DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)}
+"""What a disk may refuse, and how that reads: libraries often keep only the words."""
+FULL = re.compile("database or disk is full|PytorchStreamWriter failed writing|write failed|Failed to write")
+"""How libraries say that a file could not be written without saying why."""
+
+ROOM = 16 << 20
+"""Bytes: a disk with less is full."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """The disk's refusal behind an error, with the file or folder; null: the disk is not to blame."""
+    words, place = "", ""
+    while error is not None:
+        place = next((note.removeprefix(WRITING) for note in getattr(error, "__notes__", []) if note.startswith(WRITING)), place)
+        if isinstance(error, OSError) and error.errno in {*DISK, errno.EACCES}:
+            words, place = os.strerror(error.errno), str(error.filename or place)
+        words = words or refusal(str(error))
+        error = error.__cause__ or error.__context__
+    full = [str(folder) for folder in (Path(), Path("data"), Path("models"), WORK, Path(gettempdir())) if folder.exists() and disk_usage(folder).free < ROOM]
+    return f"{words}: {place or ', '.join(full) or 'a disk that it writes to'}" if words else None
+
+
+def refusal(said: str) -> str:
+    """The disk's words in a library's or a program's message; empty: it says nothing of a disk."""
+    return next((words for words in DISK.values() if words in said), DISK[errno.ENOSPC] if FULL.search(said) else "")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -50,26 +83,65 @@ def run(main: Callable[[], None]) -> None:
     for name in ("stages", "__main__"):  # a stage's own module is __main__ here
         logging.getLogger(name).setLevel(logging.INFO)
     stage = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("stages.") if "-m" in sys.orig_argv else "stage"
+
+    def stop(told: str, code: int) -> None:
+        console.print(f"[bold red]{stage} stopped[/] ", end="")
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(code)
+
     started = time.monotonic()
     try:
+        if "DVC_STAGE" in os.environ:
+            check_inputs(stage)
         main()
+        record(stage, time.monotonic() - started)
     except TrunklineError as error:
-        console.print(f"[bold red]{stage} stopped[/] ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        stop(str(error), error.exit_code)
     except KeyboardInterrupt:
-        console.print(f"{stage} interrupted; nothing half-written was kept. `dvc repro` goes on from here.")
+        console.print(f"{stage} interrupted; nothing half-written was kept. `dvc repro` goes on from here.", soft_wrap=True)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (28, 30, 122):  # no space, read-only, quota
+    except Exception as error:  # of any library; the disk's refusal is told, all else keeps its traceback
+        trouble = disk_trouble(error)
+        if trouble is None:
             raise
-        console.print(f"[bold red]{stage} stopped[/] {error.strerror}: {error.filename or 'the disk'}. Free some space or make it writable, then `dvc repro`.")
-        sys.exit(1)
+        stop(f"{trouble}\n  → free some space or make it writable, then `dvc repro`: nothing half-written was kept", 1)
+
+
+def record(stage: str, seconds: float) -> None:
+    """Add a line to the cost record; on a line of its own, also where the last one was cut short."""
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cost = {"stage": stage, "seconds": round(time.monotonic() - started, 2), "peak_bytes": 1024 * max(own, children), "at": int(time.time())}
+    cost = {"stage": stage, "seconds": round(seconds, 2), "peak_bytes": 1024 * max(own, children), "at": int(time.time())}
     WORK.mkdir(parents=True, exist_ok=True)
+    whole = not COSTS.exists() or COSTS.read_bytes()[-1:] in (b"", b"\n")
     with COSTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(cost) + "\n")
+        file.write(("" if whole else "\n") + json.dumps(cost) + "\n")
+
+
+@contextmanager
+def scratch(name: str, parent: Path = WORK) -> Iterator[Path]:
+    """A new folder `<parent>/<name>-<random>` while a run lasts; those of killed runs are removed first.
+
+    New, so that a worker which outlives its killed stage never writes into the next run's. A lock beside the folder, which the
+    system frees with the process, tells the killed from the living.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in sorted({path.with_suffix("") for path in parent.glob(f"{name}-*")}):
+        lock = left.with_suffix(".lock")
+        with lock.open("a") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            remove(left)
+            remove(lock)
+    with NamedTemporaryFile(dir=parent, prefix=f"{name}-", suffix=".lock") as own:
+        fcntl.flock(own, fcntl.LOCK_EX)
+        folder = Path(own.name).with_suffix("")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

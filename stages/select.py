@@ -8,6 +8,7 @@ Config: select.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,7 +173,7 @@ def main() -> None:
     chosen, why = choose(rows, settings.prefer)
     chosen.outcome, chosen.reasons = "chosen", [why]
     with publish(OUT / "base") as base:
-        (SCRATCH / chosen.candidate).replace(base)
+        shutil.move(SCRATCH / chosen.candidate, base)  # models/ may be another disk
     write_json(OUT / "leaderboard.json", leaderboard(settings, rows, chosen, why, made_on))
     remove(SCRATCH)
     log.info(why)

@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from conf.errors import DataError
 from conf.schema import Dtype, Tune
-from stages.files import remove
+from stages.files import is_sealed, remove, seal
 from stages.records import Message
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 Turns = Mapping[str, Sequence[Message]]
 """`prompt` and `completion`."""
 
-WHOLE = "whole"
-"""Empty file, written last into a checkpoint."""
 WINDOW = 16
 """Steps whose rows are sorted by length together: enough to save padding, few enough to keep the order random."""
 
@@ -78,8 +76,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
     """Mark a checkpoint as whole once everything in it is written, and tell how the run goes."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the marker."""
-        (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        """Seal it."""
+        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """One line per point of a curve."""
@@ -89,10 +87,10 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    """The newest checkpoint that was written to its end and is still what was written; others are removed."""
     found = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*")}
     for step in sorted(found, reverse=True):
-        if (found[step] / WHOLE).exists():
+        if is_sealed(found[step]):
             return found[step]
         remove(found[step])
     return None

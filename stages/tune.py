@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -154,10 +155,10 @@ def main() -> None:
             remove(OUT / "adapter")
     with publish(OUT / "plots") as out:
         draw(trainer.state.log_history, folder / "live")
-        (folder / "live" / "plots").replace(out)
+        shutil.move(folder / "live" / "plots", out)  # models/ may be another disk
     cut = count_cut(train, chat, settings.max_length)
     write_json(OUT / "summary.json", summarise(trainer, len(train), cut) | {"platform": made_on})
-    remove(folder)
+    remove(SCRATCH)  # with what killed runs of other settings left
 
 
 if __name__ == "__main__":

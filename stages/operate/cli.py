@@ -37,6 +37,14 @@ def config(
     show(key, as_json)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def repro(context: typer.Context) -> None:
+    """`dvc repro` with its own arguments: waits for another one in this checkout, and mends what a killed one left."""
+    from stages.operate.repro import repro as run
+
+    run(context.args)
+
+
 @app.command()
 def summary(as_json: Json = False) -> None:
     """Show what the last `dvc repro` made: scores, verdict, artefacts, answers, time, and the next command."""

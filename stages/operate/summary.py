@@ -53,7 +53,10 @@ def costs(path: Path = COSTS) -> list[Cost]:
         return []
     last: dict[str, Cost] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:  # half a line: the disk was full, or the machine went down
+            continue
         last[row["stage"]] = Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"])
     return [last[stage] for stage in STAGES if stage in last]
 

@@ -9,13 +9,12 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from conf.errors import DigestMismatch, SourceError
 from stages.files import publish, sha256
-from stages.run import WORK
+from stages.run import WORK, scratch
 from stages.sources.download import DOWNLOADS
 from stages.sources.files import too_large
 
@@ -53,7 +52,7 @@ def download_wheel(name: str, package: str, pinned: str, *, retries: int, timeou
         SourceError: pip cannot get it, or it is too large.
     """
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=DOWNLOADS, prefix=".wheel-") as folder:
+    with scratch("wheel") as folder:
         command = [
             *pip(),
             "download",
@@ -70,7 +69,7 @@ def download_wheel(name: str, package: str, pinned: str, *, retries: int, timeou
         ]
         log.info("%s: pip downloads %s", name, package)
         done = subprocess.run(command, text=True, capture_output=True, check=False)
-        wheels = sorted(Path(folder).glob("*.whl"))
+        wheels = sorted(folder.glob("*.whl"))
         if done.returncode or not wheels:
             said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines()[-1:] or ["no reason given"]
             raise SourceError(
