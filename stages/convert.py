@@ -1,13 +1,26 @@
-"""Convert a Hugging Face folder into a folder that ctranslate2 serves."""
+"""Convert a Hugging Face folder into a folder that ctranslate2 serves, and find the recipe that makes it again from base and adapter."""
 
 from __future__ import annotations
 
+import base64
 import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from conf.errors import ModelError
-from stages.files import publish
+from stages.files import publish, sha256, write_json
 from stages.serve.chat import FILES
+from stages.serve.materialise import RECIPE, Part, Recipe, Weights, quantise, write_model
+
+VERSION = 6
+"""Of model.bin, as `ctranslate2/specs/model_spec.py` writes it."""
+TYPES = {0: "float32", 1: "int8"}
+"""ctranslate2's number of a type -> the type that a recipe can make."""
+LITERAL = 1_000_000
+"""Most bytes of model.bin that a recipe may hold itself."""
 
 
 def to_ctranslate2(hf_folder: Path, out: Path, quantization: str) -> None:
@@ -45,3 +58,87 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def find_recipe(engine: Path, base: Path, adapter: Path) -> Recipe | None:
+    """How `materialise` makes the engine's model.bin from the base and the adapter; null: not in this way.
+
+    No architecture is known here: a matrix of model.bin is recognised by its first row, which is that of a tensor of the base with
+    the adapter added, quantised or not, and is followed by that of the next tensor where ctranslate2 joins several. What is not
+    recognised is put into the recipe as it is, unless it is large. The recipe is tried before it is given.
+    """
+    weights, data = Weights(base, adapter), (engine / "model.bin").read_bytes()
+    names, by_row = weights.names, {}
+    for name in reversed(names):  # of equal rows, the first by name
+        row = next(weights.rows(name, 1))
+        by_row["float32", row.astype("<f4").tobytes()] = name
+        by_row["int8", quantise(row)[0].tobytes()] = name
+    model: list[str | Part] = []
+    quantised: dict[str, Part] = {}
+    done = literal = 0
+    for name, kind, shape, start, end in variables(data):
+        part = None
+        if name.removesuffix("_scale") in quantised:
+            part = Part(form="scales", tensors=quantised[name.removesuffix("_scale")].tensors)
+        elif shape and kind in TYPES:
+            row_bytes, tensors, at = shape[-1] * (4 if TYPES[kind] == "float32" else 1), [], start
+            while at < end and (found := by_row.get((TYPES[kind], data[at : at + row_bytes]))) is not None:
+                tensors.append(found)
+                at += weights.height(found) * row_bytes
+            if at == end:
+                part = Part(form="int8" if TYPES[kind] == "int8" else "float32", tensors=tensors)
+                if part.form == "int8":
+                    quantised[name] = part
+        if part is not None:
+            model += [base64.b64encode(data[done:start]).decode(), part]
+            literal, done = literal + start - done, end
+    model.append(base64.b64encode(data[done:]).decode())
+    if literal + len(data) - done > min(LITERAL, len(data) // 2):
+        return None
+    with tempfile.TemporaryDirectory(prefix="trunkline-recipe-", dir=engine.parent) as scratch:
+        tried = Path(scratch) / "model.bin"
+        write_model(model, weights, tried)
+        if sha256(tried) != sha256(engine / "model.bin"):
+            return None
+    files = [*base.glob("*.safetensors"), adapter / "adapter_model.safetensors"]
+    return Recipe(engine=sha256(engine), made_from={f"{file.parent.name}/{file.name}": sha256(file) for file in sorted(files)}, model=model)
+
+
+def store(engine: Path, recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
+    """Write the folder that `stages.serve.materialise.opened` makes the engine from: contents only, no links, no modes."""
+    out.mkdir(parents=True)
+    for source in (base, adapter):
+        shutil.copytree(source, out / source.name, copy_function=shutil.copyfile)
+    for file in engine.iterdir():
+        if file.name != "model.bin":
+            shutil.copyfile(file, out / file.name)
+    write_json(out / RECIPE, asdict(recipe))
+
+
+def variables(data: bytes) -> Iterator[tuple[str, int, tuple[int, ...], int, int]]:
+    """Name, number of the type, shape, first byte and end of every variable of a model.bin; none of a version that is not known."""
+    at = 0
+
+    def take(form: str) -> int:
+        nonlocal at
+        value: int = struct.unpack_from(f"<{form}", data, at)[0]
+        at += struct.calcsize(f"<{form}")
+        return value
+
+    def text() -> str:
+        nonlocal at
+        length = take("H")
+        at += length
+        return data[at - length : at - 1].decode()
+
+    if take("I") != VERSION:
+        return
+    text()
+    take("I")
+    for _ in range(take("I")):
+        name = text()
+        shape = tuple(take("I") for _ in range(take("B")))
+        kind = take("B")
+        length = take("I")
+        yield name, kind, shape, at, at + length
+        at += length
