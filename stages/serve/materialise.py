@@ -51,7 +51,7 @@ PLAIN: dict[str, tuple[object, ...]] = {"peft_type": ("LORA",), "bias": ("none",
      "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora"), (None, False, {}, []),
 )  # fmt: skip
 """Settings of an adapter that change what it adds, and the values with which it is alpha / rank * B A."""
-UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 log = logging.getLogger(__name__)
 
@@ -272,10 +272,8 @@ def materialise(folder: Path, recipe: Recipe, out: Path) -> None:
     write_model(recipe.model, weights, out / "model.bin")
     if (actual := sha256(out)) != recipe.engine:
         other = [name for name, digest in recipe.made_from.items() if not (folder / name).is_file() or sha256(folder / name) != digest]
-        what = f"{folder} gives the engine {actual}, and {RECIPE} names {recipe.engine}"
-        raise ModelError(
-            f"{what}: {' and '.join(other) or 'a file beside it'} is not what was exported", "run `dvc checkout`, `dvc pull`, or `dvc repro export`"
-        )
+        what = f"{' and '.join(other) or f'a file beside {RECIPE}'} is not what was exported"
+        raise ModelError(f"{folder} gives the engine {actual}, not {recipe.engine}: {what}", "run `dvc checkout`, `dvc pull`, or `dvc repro export`")
 
 
 def cache() -> Path:
