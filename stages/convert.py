@@ -6,9 +6,10 @@ import base64
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from conf.errors import ModelError
 from stages.files import publish, sha256, write_json
@@ -17,7 +18,7 @@ from stages.serve.materialise import RECIPE, Part, Recipe, Weights, quantise, wr
 
 VERSION = 6
 """Of model.bin, as `ctranslate2/specs/model_spec.py` writes it."""
-TYPES = {0: "float32", 1: "int8"}
+TYPES: dict[int, Literal["float32", "int8"]] = {0: "float32", 1: "int8"}
 """ctranslate2's number of a type -> the type that a recipe can make."""
 LITERAL = 1_000_000
 """Most bytes of model.bin that a recipe may hold itself."""
@@ -63,38 +64,29 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def find_recipe(engine: Path, base: Path, adapter: Path) -> Recipe | None:
     """How `materialise` makes the engine's model.bin from the base and the adapter; null: not in this way.
 
-    No architecture is known here: a matrix of model.bin is recognised by its first row, which is that of a tensor of the base with
-    the adapter added, quantised or not, and is followed by that of the next tensor where ctranslate2 joins several. What is not
-    recognised is put into the recipe as it is, unless it is large. The recipe is tried before it is given.
+    No architecture is known here: a matrix of model.bin is recognised by its rows, as those of a tensor of the base with the adapter
+    added. What is not recognised (numbers of the architecture, joined biases) is put into the recipe as it is, unless it is large. The
+    recipe is tried before it is given.
     """
     weights, data = Weights(base, adapter), (engine / "model.bin").read_bytes()
-    names, by_row = weights.names, {}
-    for name in reversed(names):  # of equal rows, the first by name
-        row = next(weights.rows(name, 1))
-        by_row["float32", row.astype("<f4").tobytes()] = name
-        by_row["int8", quantise(row)[0].tobytes()] = name
-    model: list[str | Part] = []
-    quantised: dict[str, Part] = {}
-    done = literal = 0
+    known = first_rows(weights)
+    pieces: list[tuple[int, int, Part]] = []
+    quantised: dict[str, list[str]] = {}
     for name, kind, shape, start, end in variables(data):
-        part = None
-        if name.removesuffix("_scale") in quantised:
-            part = Part(form="scales", tensors=quantised[name.removesuffix("_scale")].tensors)
-        elif shape and kind in TYPES:
-            row_bytes, tensors, at = shape[-1] * (4 if TYPES[kind] == "float32" else 1), [], start
-            while at < end and (found := by_row.get((TYPES[kind], data[at : at + row_bytes]))) is not None:
-                tensors.append(found)
-                at += weights.height(found) * row_bytes
-            if at == end:
-                part = Part(form="int8" if TYPES[kind] == "int8" else "float32", tensors=tensors)
-                if part.form == "int8":
-                    quantised[name] = part
-        if part is not None:
-            model += [base64.b64encode(data[done:start]).decode(), part]
-            literal, done = literal + start - done, end
-    model.append(base64.b64encode(data[done:]).decode())
-    if literal + len(data) - done > min(LITERAL, len(data) // 2):
+        if (tensors := quantised.get(name.removesuffix("_scale"))) is not None:
+            pieces.append((start, end, Part(form="scales", tensors=tensors)))
+        elif shape and (form := TYPES.get(kind)) and (tensors := recognise(data[start:end], form, shape[-1], known, weights)):
+            pieces.append((start, end, Part(form=form, tensors=tensors)))
+            if form == "int8":
+                quantised[name] = tensors
+    if len(data) - sum(end - start for start, end, _ in pieces) > min(LITERAL, len(data) // 2):
         return None
+    model: list[str | Part] = []
+    done = 0
+    for start, end, part in pieces:
+        model += [base64.b64encode(data[done:start]).decode(), part]
+        done = end
+    model.append(base64.b64encode(data[done:]).decode())
     with tempfile.TemporaryDirectory(prefix="trunkline-recipe-", dir=engine.parent) as scratch:
         tried = Path(scratch) / "model.bin"
         write_model(model, weights, tried)
@@ -102,6 +94,28 @@ def find_recipe(engine: Path, base: Path, adapter: Path) -> Recipe | None:
             return None
     files = [*base.glob("*.safetensors"), adapter / "adapter_model.safetensors"]
     return Recipe(engine=sha256(engine), made_from={f"{file.parent.name}/{file.name}": sha256(file) for file in sorted(files)}, model=model)
+
+
+def first_rows(weights: Weights) -> dict[tuple[str, bytes], str]:
+    """Form and bytes of a first row -> the tensor that begins with it; of several, the first by name."""
+    known = {}
+    for name in reversed(weights.names):
+        row = next(weights.rows(name, 1))
+        known["float32", row.astype("<f4").tobytes()] = name
+        known["int8", quantise(row)[0].tobytes()] = name
+    return known
+
+
+def recognise(data: bytes, form: str, columns: int, known: Mapping[tuple[str, bytes], str], weights: Weights) -> list[str]:
+    """The tensors that lie in a matrix of model.bin, one below the other; empty: others than those that are known."""
+    width, tensors, at = columns * (4 if form == "float32" else 1), [], 0
+    while at < len(data):
+        found = known.get((form, data[at : at + width]))
+        if found is None:
+            return []
+        tensors.append(found)
+        at += weights.height(found) * width
+    return tensors
 
 
 def store(engine: Path, recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
