@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import shutil
 import struct
 import tempfile
@@ -46,12 +47,15 @@ def to_ctranslate2(hf_folder: Path, out: Path, quantization: str) -> None:
 
     if not any(hf_folder.glob("*.safetensors")):
         raise ModelError(f"{hf_folder} holds no *.safetensors", "save the model as safetensors; pickled weights are not loaded")
+    gc.freeze()  # the converter collects garbage after every block: looking through all of torch each time took 13 of 17 s
     try:
         with publish(out) as temporary:
             Converter(str(hf_folder), trust_remote_code=False).convert(str(temporary), quantization=quantization, force=True)
             copy_tokenizer(hf_folder, temporary)
     except ValueError as error:
         raise ModelError(f"{hf_folder} cannot be converted for ctranslate2: {error}", "choose another base, or serve.engine.kind=transformers") from error
+    finally:
+        gc.unfreeze()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
