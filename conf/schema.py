@@ -552,6 +552,8 @@ class Lora:
     """Names of the linear layers that get one."""
     layers: Count | None = None
     """Only the last so many blocks get one: the backward pass ends there; null: all."""
+    dtype: Dtype = "bfloat16"
+    """Type in which it is kept; it is trained in float32."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -681,8 +683,12 @@ class Serve:
 class Export:
     """Merge, convert, quantise, and check the result against the merged model."""
 
+    store: Literal["adapter", "engine"] = "adapter"
+    """What is kept of a LoRA adapter on ctranslate2. `adapter`: the base in its own bytes, the adapter, and a recipe that gives the engine
+    byte for byte; it is made once per machine, when it is first opened, and ten variants take little more than their base. `engine`:
+    the engine itself and merged safetensors, for a smaller Bento that starts a few seconds sooner. Everything else is always kept whole."""
     dtype: Dtype = "bfloat16"
-    """Type of the safetensors kept for transformers and vLLM."""
+    """Type of the merged safetensors for transformers and vLLM: kept beside a whole engine; `python -m stages.merge` writes them otherwise."""
     probes: Count = 16
     """Validation prompts on which the exported model is compared with the merged one."""
     min_agreement: Share = 0.9

@@ -1,8 +1,9 @@
 """Merge, convert and quantise the tuned model for the engine that serves it, and check the result against the merged one.
 
 Reads:  models/select/base, models/tune/adapter or models/tune/model, data/preprocess/validation.jsonl
-Writes: models/export/engine (what is evaluated, attacked and served), models/export/safetensors (merged, in `export.dtype`,
-        for transformers and vLLM), models/export/summary.json
+Writes: models/export/engine (what is evaluated, attacked and served: base, adapter and recipe, or the engine itself, by
+        `export.store`), models/export/safetensors (merged, in `export.dtype`, for transformers and vLLM; not beside an adapter),
+        models/export/summary.json
 Config: export, serve.engine
 
 The check runs both models over the same validation conversations, reference answer included, and compares the distributions
@@ -18,25 +19,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import conf
 from conf.errors import DataError, ModelError
 from conf.schema import EngineSettings, Export
 from stages import platform
-from stages.convert import copy_tokenizer, to_ctranslate2
+from stages.convert import find_recipe, store, to_ctranslate2
 from stages.files import publish, remove, sha256, write_json
+from stages.merge import BASE, TUNED, cast, merge, merge_exactly
 from stages.records import Record, read_records
 from stages.run import WORK, progress
 from stages.serve.chat import Chat
 from stages.serve.engine import Engine, open_engine
+from stages.serve.materialise import not_plain
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BASE = Path("models/select/base")
-TUNED = Path("models/tune")
 VALIDATION = Path("data/preprocess/validation.jsonl")
 OUT = Path("models/export")
 TOP = 10
@@ -59,43 +60,28 @@ class Comparison:
     """Largest difference of a log-probability among the merged model's ten most likely tokens, in nats."""
 
 
-def merge(base: Path, tuned: Path, out: Path) -> int:
-    """Write the tuned model in float32 with the base's tokenizer, chat template and generation config.
+def write_engine(merged: Path, scratch: Path, out: Path, settings: Export, engine: EngineSettings) -> Literal["adapter", "engine"]:
+    """Write `out/engine`, and `out/safetensors` where the adapter is not what is stored; says which of them it is.
 
-    Args:
-        tuned: folder that holds `adapter/` (LoRA, merged into the base) or `model/` (all weights).
-
-    Returns:
-        The number of parameters.
-
-    Raises:
-        ModelError: there is neither of them, or both.
+    A plain LoRA adapter is merged element by element here, so that the engine has the same bytes on every machine; `merged`, which peft
+    made, is what it is checked against.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    adapter, model = tuned / "adapter", tuned / "model"
-    if adapter.is_dir() == model.is_dir():
-        raise ModelError(f"{tuned} holds {'both adapter/ and model/' if model.is_dir() else 'neither adapter/ nor model/'}", "run `dvc repro tune`")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base if adapter.is_dir() else model, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
-    if adapter.is_dir():
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter, is_trainable=False, use_safetensors=True).merge_and_unload(safe_merge=True)
-    loaded.save_pretrained(out)
-    copy_tokenizer(base, out)
-    return int(loaded.num_parameters())
-
-
-def cast(merged: Path, out: Path, dtype: str) -> None:
-    """Write the merged model in another type."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, dtype), local_files_only=True).save_pretrained(out)
-    copy_tokenizer(merged, out)
+    adapter, source, made = TUNED / "adapter", merged, scratch / "engine"
+    if engine.kind == "ctranslate2":
+        reason = "all weights are tuned" if not adapter.is_dir() else not_plain(adapter)
+        if reason is None:
+            merge_exactly(BASE, adapter, source := scratch / "exact")
+        to_ctranslate2(source, made, engine.quantization)
+        if settings.store == "adapter":
+            if reason is None and (recipe := find_recipe(made, BASE, adapter)) is not None:
+                store(made, recipe, BASE, adapter, out / "engine")
+                return "adapter"
+            log.info("export.store=adapter: %s, so the whole engine is stored", reason or f"no recipe gives a {engine.quantization} engine of this base")
+        shutil.copytree(made, out / "engine")
+    cast(merged, out / "safetensors", settings.dtype)
+    if engine.kind != "ctranslate2":
+        shutil.copytree(out / "safetensors", out / "engine")
+    return "engine"
 
 
 def conversation(chat: Chat, record: Record) -> tuple[list[int], int]:
@@ -169,18 +155,14 @@ def main() -> None:
     try:
         parameters = merge(BASE, TUNED, scratch / "merged")
         with publish(OUT) as out:
-            cast(scratch / "merged", out / "safetensors", settings.dtype)
-            if engine.kind == "ctranslate2":
-                to_ctranslate2(scratch / "merged", out / "engine", engine.quantization)
-            else:
-                shutil.copytree(out / "safetensors", out / "engine")
-            log.info("merged %s parameters; %s %s engine of %.0f MB", f"{parameters:,}", engine.kind, engine.quantization, size(out / "engine") / 1e6)
+            stored = write_engine(scratch / "merged", scratch, out, settings, engine)
+            log.info("merged %s parameters; %s %s, %s stored: %.0f MB", f"{parameters:,}", engine.kind, engine.quantization, stored, size(out / "engine") / 1e6)
             reference = open_engine(scratch / "merged", EngineSettings(kind="transformers", quantization="float32", threads=engine.threads))
             found = compare(reference, open_engine(out / "engine", engine), [conversation(reference.chat, r) for r in probes(settings.probes)])
             hold(found, settings)
             log.info("the exported model agrees with the merged one at %.1f%% of %d positions", 100 * found.agreement, found.positions)
             made_on = platform.record("export", ("select", "tune"), "torch", *platform.ENGINES[engine.kind])
-            summary = {"engine": engine.kind, "quantization": engine.quantization, "dtype": settings.dtype, "parameters": parameters,
+            summary = {"engine": engine.kind, "quantization": engine.quantization, "dtype": settings.dtype, "store": stored, "parameters": parameters,
                        "bytes": size(out / "engine"), "digest": sha256(out / "engine"), **vars(found), "platform": made_on}  # fmt: skip
             write_json(out / "summary.json", summary)
     finally:

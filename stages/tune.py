@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import conf
 from conf.errors import DataError, ModelError
-from conf.schema import Tune
+from conf.schema import Dtype, Tune
 from stages import platform
 from stages.files import canonical, publish, read_json, remove, sha256, write_json
 from stages.records import Message, Record, read_records
@@ -77,18 +77,19 @@ def digest(settings: Tune) -> str:
     return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
 
-def save_adapter(trainer: Trainer, folder: Path) -> None:
-    """Write the adapter alone, without a path of this machine.
+def save_adapter(trainer: Trainer, folder: Path, dtype: Dtype) -> None:
+    """Write the adapter alone, in the type in which it is kept, without a path of this machine.
 
     Raises:
         ModelError: a weight is not finite: the run diverged.
     """
     import torch
 
-    broken = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad and not torch.isfinite(weight).all()]
+    tuned = {name: weight.to(getattr(torch, dtype)) for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    broken = [name for name, weight in tuned.items() if not torch.isfinite(weight).all()]
     if broken:
         raise ModelError(f"{len(broken)} tuned tensors hold NaN or infinite numbers, such as {broken[0]}", "lower tune.learning_rate")
-    trainer.model.save_pretrained(folder)
+    trainer.model.save_pretrained(folder, state_dict=tuned)
     remove(folder / "README.md")
     config = read_json(folder / "adapter_config.json")
     config.update(base_model_name_or_path=BASE.as_posix(), target_modules=sorted(config["target_modules"]))
@@ -147,7 +148,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if settings.lora:
             with publish(OUT / "adapter") as out:
-                save_adapter(trainer, out)
+                save_adapter(trainer, out, settings.lora.dtype)
             remove(OUT / "model")
         else:
             with publish(OUT / "model") as out:

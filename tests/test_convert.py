@@ -9,10 +9,13 @@ import pytest
 
 from conf.errors import ModelError
 from conf.schema import EngineSettings
-from stages.convert import to_ctranslate2
+from stages.convert import VERSION, find_recipe, store, to_ctranslate2
 from stages.files import sha256
+from stages.merge import merge_exactly
 from stages.serve.engine import Sampling, open_engine
+from stages.serve.materialise import Weights, materialise
 from tests.models import tiny_llama
+from tests.variants import adapter_of
 
 WHOLE = {"model.bin", "config.json", "vocabulary.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
 
@@ -61,3 +64,48 @@ def test_an_unknown_architecture_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be converted"):
         to_ctranslate2(tmp_path, tmp_path / "out", "int8")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_float32", "float32"])
+@pytest.mark.parametrize(("family", "settings"), [("Llama", {"tie_word_embeddings": True}), ("Qwen2", {}), ("Qwen3", {"head_dim": 16}), ("Mistral", {})])
+def test_a_recipe_is_found_whatever_the_architecture(tmp_path: Path, family: str, settings: dict[str, object], quantization: str) -> None:
+    """Everything of model.bin comes from tensors of the base: joined and tied ones, the norms of queries and keys; joined biases are in the recipe."""
+    import torch
+    import transformers
+
+    base, adapter = tiny_llama(tmp_path / "base"), tmp_path / "adapter"
+    torch.manual_seed(2)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5,
+        **settings,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0)
+    model.to(torch.bfloat16).save_pretrained(base)
+    adapter_of(base, adapter)
+    merge_exactly(base, adapter, tmp_path / "merged")
+    to_ctranslate2(tmp_path / "merged", tmp_path / "engine", quantization)
+    recipe = find_recipe(tmp_path / "engine", base, adapter)
+    assert recipe is not None
+    assert {name for part in recipe.model if not isinstance(part, str) for name in part.tensors} == {
+        name for name in Weights(base, adapter).names if not name.endswith("_proj.bias")
+    }
+    store(tmp_path / "engine", recipe, base, adapter, tmp_path / "stored")
+    materialise(tmp_path / "stored", recipe, tmp_path / "again")
+    assert sha256(tmp_path / "again") == sha256(tmp_path / "engine")
+
+
+def test_no_recipe_is_found_for_another_base(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path / "adapter")
+    to_ctranslate2(tiny_llama(tmp_path / "other", seed=8), tmp_path / "engine", "int8")
+    assert find_recipe(tmp_path / "engine", folder, adapter) is None
+
+
+def test_no_recipe_is_found_in_a_format_that_is_not_known(folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(folder, tmp_path / "adapter")
+    to_ctranslate2(folder, tmp_path / "engine", "int8")
+    file = tmp_path / "engine/model.bin"
+    file.write_bytes((VERSION + 1).to_bytes(4, "little") + file.read_bytes()[4:])
+    assert find_recipe(tmp_path / "engine", folder, adapter) is None

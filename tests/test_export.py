@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,15 @@ import pytest
 from conf.errors import DataError, ModelError
 from conf.schema import EngineSettings, Export
 from stages import export
-from stages.export import Comparison, compare, conversation, distances, hold, main, merge
+from stages.export import Comparison, compare, conversation, distances, hold, main
 from stages.files import read_json, sha256, write_json, write_jsonl
+from stages.merge import merge
 from stages.records import Record
 from stages.serve.engine import open_engine
 from stages.serve.engine_transformers import TransformersEngine
+from tests.conftest import ROOT
 from tests.models import tiny_llama
+from tests.variants import adapter_of
 
 REFERENCE = EngineSettings(kind="transformers", quantization="float32", threads=1)
 
@@ -35,15 +41,10 @@ def rows(count: int) -> list[dict[str, object]]:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base, a LoRA adapter and validation rows."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRUNKLINE_ENGINES", str(tmp_path / "engines"))
     base = tiny_llama(tmp_path / "models/select/base", dtype="bfloat16")
-    torch.manual_seed(1)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora).save_pretrained("models/tune/adapter")
+    adapter_of(base, Path("models/tune/adapter"), target_modules=["q_proj", "up_proj"])
     write_jsonl(Path("data/preprocess/validation.jsonl"), rows(4))
     configure()
     return tmp_path
@@ -53,24 +54,80 @@ def configure(engine: dict[str, object] | None = None, **settings: object) -> No
     write_json(Path("params.yaml"), {"export": {"min_agreement": 0.5, **settings}, "serve": {"engine": {"threads": 1, **(engine or {})}}})
 
 
-def test_the_adapter_is_merged_quantised_and_checked(repository: Path) -> None:
-    main()
-    summary = read_json(Path("models/export/summary.json"))
-    assert summary["digest"] == sha256(Path("models/export/engine"))
-    assert summary["probes"] == 4 and summary["positions"] > 20 and 0.5 <= summary["agreement"] <= 1 and 0 < summary["max_logit_difference"] < 5
-    assert {p.name for p in Path("models/export/safetensors").iterdir()} == {
-        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-    }  # fmt: skip
-    assert json.loads(Path("models/export/safetensors/config.json").read_text())["dtype"] == "bfloat16"
-    assert not list(Path(".dvc/tmp/trunkline/export").glob("*"))
-    assert str(repository) not in "".join(p.read_text() for p in Path("models/export").rglob("*.json"))
-
+def check_engine() -> None:
+    """models/export/engine is the merged model, and not the base."""
     merge(Path("models/select/base"), Path("models/tune"), Path("merged"))
     merged, plain = TransformersEngine(Path("merged"), REFERENCE), TransformersEngine(Path("models/select/base"), REFERENCE)
     prompt = merged.chat.encode("where is my order")
     assert np.abs(merged.logprobs(prompt) - plain.logprobs(prompt)).max() > 0.1, "the adapter is not in the merged model"
     served = open_engine(Path("models/export/engine"), EngineSettings(threads=1)).logprobs(prompt)
     assert np.abs(merged.logprobs(prompt) - served).mean() < 0.2
+
+
+def test_an_adapter_is_stored_beside_its_base_and_checked(repository: Path) -> None:
+    main()
+    summary = read_json(Path("models/export/summary.json"))
+    assert summary["digest"] == sha256(Path("models/export/engine")) and summary["store"] == "adapter"
+    assert summary["probes"] == 4 and summary["positions"] > 20 and 0.5 <= summary["agreement"] <= 1 and 0 < summary["max_logit_difference"] < 5
+    assert {p.name for p in Path("models/export").iterdir()} == {"engine", "summary.json"}
+    assert sha256(Path("models/export/engine/base")) == sha256(Path("models/select/base"))
+    assert sha256(Path("models/export/engine/adapter")) == sha256(Path("models/tune/adapter"))
+    assert not list(Path("models/export").rglob("model.bin")) and not list(Path(".dvc/tmp/trunkline/export").glob("*"))
+    assert str(repository) not in "".join(p.read_text() for p in Path("models/export").rglob("*.json") if p.name != "adapter_config.json")
+    check_engine()
+
+
+def test_peft_loads_what_is_stored(repository: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    main()
+    stored = Path("models/export/engine")
+    ids = torch.tensor([[1, 5, 9]])
+    base = AutoModelForCausalLM.from_pretrained(stored / "base", dtype=torch.float32)
+    with torch.no_grad():
+        tuned = PeftModel.from_pretrained(base, stored / "adapter")(ids).logits
+        merge(Path("models/select/base"), Path("models/tune"), Path("merged"))
+        torch.testing.assert_close(tuned, AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_engine_itself_is_stored_on_demand_and_is_the_same_one(repository: Path) -> None:
+    main()
+    digest = read_json(Path("models/export/engine/recipe.json"))["engine"]
+    configure(store="engine")
+    main()
+    assert sha256(Path("models/export/engine")) == digest and read_json(Path("models/export/summary.json"))["store"] == "engine"
+    assert {p.name for p in Path("models/export/safetensors").iterdir()} == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    }  # fmt: skip
+    assert json.loads(Path("models/export/safetensors/config.json").read_text())["dtype"] == "bfloat16"
+    assert str(repository) not in "".join(p.read_text() for p in Path("models/export").rglob("*.json"))
+    check_engine()
+
+
+@pytest.mark.parametrize(
+    ("lora", "engine", "reason"), [({"use_dora": True}, {}, "use_dora=True"), ({}, {"quantization": "int16"}, "no recipe gives a int16 engine")]
+)
+def test_what_has_no_recipe_is_stored_whole_and_said(
+    repository: Path, caplog: pytest.LogCaptureFixture, lora: dict[str, object], engine: dict[str, object], reason: str
+) -> None:
+    adapter_of(Path("models/select/base"), Path("models/tune/adapter"), **lora)
+    configure(engine)
+    with caplog.at_level("INFO"):
+        main()
+    assert reason in caplog.text and "the whole engine is stored" in caplog.text
+    assert read_json(Path("models/export/summary.json"))["store"] == "engine" and Path("models/export/engine/model.bin").is_file()
+
+
+def test_a_merged_model_is_written_on_demand(repository: Path) -> None:
+    command = [sys.executable, "-m", "stages.merge", "merged model"]
+    for expected, told in ((0, "wrote merged model in bfloat16"), (1, "merged model is there already")):
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+        assert done.returncode == expected and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    merge(Path("models/select/base"), Path("models/tune"), Path("merged"))
+    merged, written = (TransformersEngine(Path(name), REFERENCE).logprobs([1, 2, 3]) for name in ("merged", "merged model"))
+    assert 0 < np.abs(merged - written).max() < 0.3, "bfloat16, and the same model"
 
 
 def test_the_same_inputs_give_the_same_bytes(repository: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from conf.errors import Held, ModelError
-from conf.schema import Package
+from conf.schema import EngineSettings, Package
 from stages.card import model_card
 from stages.closure import closure
 from stages.files import canonical, read_json, sha256, write_json
 from stages.package import check, requirements
+from stages.serve.engine import Sampling, open_engine
 from tests.bento import ROOT, package, packaged
+from tests.variants import stored_variant
 
 GOOD = {"outcome": "promote", "promote": True, "digest": "a"}
 
@@ -63,6 +67,39 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     done = package(folder)
     assert done.returncode == 0, done.stderr
     assert sha256(folder / "models/package") == sha256(packaged() / "models/package")
+
+
+def test_a_bento_of_base_and_adapter_answers_without_torch(tmp_path: Path) -> None:
+    """It holds no engine: the service makes it, with what its requirements name."""
+    folder, made = copy(tmp_path), stored_variant(tmp_path / "variant")
+    shutil.rmtree(folder / "models/export/engine")
+    shutil.copytree(made / "stored", folder / "models/export/engine")
+    digest = sha256(made / "stored")
+    for name in ("export/summary.json", "evaluate/scores.json", "redteam/result.json", "gate/verdict.json"):
+        write_json(folder / "models" / name, read_json(folder / "models" / name) | {"digest": digest})
+    done = package(folder)
+    assert done.returncode == 0, done.stderr
+    src = folder / "models/package/src"
+    assert not list(src.rglob("model.bin")) and (src / "engine/base/model.safetensors").is_file()
+    script = """
+import sys
+from pathlib import Path
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "peft"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+from stages.serve.api import Assistant, parse
+answer = Assistant.load(Path()).answer(parse(b'{"model": "kestrel-desk", "messages": [{"role": "user", "content": "cancel my order"}]}', "kestrel-desk"))
+print(answer["system_fingerprint"], answer["choices"][0]["message"]["content"].encode())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"TRUNKLINE_ENGINES": str(tmp_path / "engines")}
+    answered = subprocess.run([sys.executable, "-B", "-c", script], cwd=src, env=environment, capture_output=True, text=True, check=False)
+    assert answered.returncode == 0, answered.stderr
+    engine = open_engine(made / "engine", EngineSettings(threads=1))
+    prompt = engine.chat.prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "cancel my order"}])
+    assert answered.stdout == f"{digest} {engine.generate([prompt], Sampling(max_tokens=16))[0].text.encode()}\n"
+    assert [path.name for path in (tmp_path / "engines").iterdir() if path.is_dir()] == [sha256(made / "engine")]
 
 
 def test_links_of_the_cache_are_dereferenced(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def again(adapter: Path) -> float:
     return trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset))).item()
 
 
+def kept_as(adapter: Path) -> set[str]:
+    """Types of the tensors of an adapter."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
+
+
 def write(values: Tune, folder: Path, rows: int = 24) -> None:
     """A repository of nothing but what tune reads."""
     tiny_llama(folder / BASE)
@@ -234,6 +242,7 @@ def test_what_is_written(repository: Path) -> None:
     config = json.loads((OUT / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "models/select/base" and config["target_modules"] == sorted(config["target_modules"])
     assert not list(SCRATCH.iterdir()), "checkpoints are removed after success"
+    assert kept_as(OUT / "adapter") == {"BF16"}
     first = sha256(OUT)
     tune.main()
     assert sha256(OUT) == first
@@ -268,7 +277,9 @@ def test_a_run_that_diverges_is_told(repository: Path) -> None:
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best(repository: Path) -> None:
-    impatient = replace(SETTINGS, steps=200, learning_rate=1.0, evaluate_every=1, early_stopping=EarlyStopping(patience=2))
+    impatient = replace(
+        SETTINGS, lora=replace(SETTINGS.lora, dtype="float32"), steps=200, learning_rate=1.0, evaluate_every=1, early_stopping=EarlyStopping(patience=2)
+    )
     (repository / "params.yaml").write_text(dump({"tune": json.loads(json.dumps(asdict(impatient)))}))
     tune.main()
     summary = json.loads((OUT / "summary.json").read_text())
@@ -276,6 +287,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(repository: Path) -> Non
     curve = [line.split("\t") for line in (OUT / "plots/metrics/validation/loss.tsv").read_text().splitlines()[1:]]
     best = min(curve, key=lambda point: float(point[1]))
     assert (int(best[0]), float(best[1])) == (summary["best_step"], summary["validation_loss"])
+    assert kept_as(OUT / "adapter") == {"F32"}
     assert again(OUT / "adapter") == pytest.approx(float(best[1]), rel=1e-4), "the best weights, not the last ones, are the result"
 
 

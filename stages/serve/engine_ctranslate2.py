@@ -37,6 +37,7 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.serve.chat import Chat
 from stages.serve.engine import Completion, Sampling, Score
+from stages.serve.materialise import opened
 from stages.serve.sampling import choose
 from stages.serve.text import TextStream, cut
 
@@ -54,7 +55,7 @@ DRAFT = 8
 
 
 class CTranslate2Engine:
-    """A folder written by `stages.convert.to_ctranslate2`."""
+    """A folder written by `stages.convert`: `to_ctranslate2`, or `store`."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         """Load the model.
@@ -66,15 +67,16 @@ class CTranslate2Engine:
             import ctranslate2
         except ImportError as error:
             raise ModelError("serve.engine.kind=ctranslate2, and ctranslate2 is not installed", "pip install -r requirements.txt") from error
-        for name in ("model.bin", "config.json", "vocabulary.json"):
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder / name} is missing", "run `dvc repro export`, or `dvc pull`")
         self.chat = Chat(folder)
         self._settings = settings
-        try:
-            generator = ctranslate2.Generator(str(folder), device="cpu", inter_threads=1, intra_threads=settings.threads)
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(f"{folder} does not load: {error}", "remove it and run `dvc repro export`") from error
+        with opened(folder) as whole:
+            for name in ("model.bin", "config.json", "vocabulary.json"):
+                if not (whole / name).is_file():
+                    raise ModelError(f"{whole / name} is missing", "run `dvc repro export`, or `dvc pull`")
+            try:
+                generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=1, intra_threads=settings.threads)
+            except (RuntimeError, ValueError) as error:
+                raise ModelError(f"{folder} does not load: {error}", "remove it and run `dvc repro export`") from error
         self._held: list[ctranslate2.Generator] = [generator]
         # Its threads must be joined before Python's own end, or the process may abort there.
         weakref.finalize(self, self._held.clear)
