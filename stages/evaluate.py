@@ -97,7 +97,7 @@ def measure_all(
     from stages.harness import EngineLM
     from stages.serve.engine import open_engine
 
-    engine = open_engine(folder, engine_settings)
+    engine = open_engine(folder, engine_settings, batches=True)
     model, measured = EngineLM(engine, settings.max_tokens), {}
     for name, task in sorted(settings.tasks.items()):
         started = time.monotonic()

@@ -16,8 +16,9 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
 from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.engine_ctranslate2 import CTranslate2Engine, _forced_is_cheaper, common_prefix
+from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
+from stages.serve.scoring import forced_is_cheaper
 from stages.serve.text import TextStream, cut
 from tests.models import tiny_llama
 
@@ -57,10 +58,10 @@ def requests(engine: Engine) -> list[tuple[list[int], list[list[int]]]]:
 
 
 def test_both_ways_of_scoring_are_taken() -> None:
-    assert _forced_is_cheaper(60, [3] * 12)
-    assert not _forced_is_cheaper(20, [23, 24])
-    assert not _forced_is_cheaper(60, [3])
-    assert not _forced_is_cheaper(60, [])
+    assert forced_is_cheaper(60, [3] * 12)
+    assert not forced_is_cheaper(20, [23, 24])
+    assert not forced_is_cheaper(60, [3])
+    assert not forced_is_cheaper(60, [])
 
 
 def test_scores_equal_the_reference(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
@@ -75,7 +76,7 @@ def test_scores_equal_the_reference(engine: CTranslate2Engine, reference: Transf
 def test_shared_prefix_scores_equal_whole_ones(engine: CTranslate2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(engine)
     for choice in (True, False):
-        monkeypatch.setattr("stages.serve.engine_ctranslate2._forced_is_cheaper", lambda _, lengths, choice=choice: bool(lengths) and choice)
+        monkeypatch.setattr("stages.serve.scoring.forced_is_cheaper", lambda _, lengths, choice=choice: bool(lengths) and choice)
         scores = engine.score(asked)
         for (context, continuations), row in zip(asked, scores, strict=True):
             for continuation, score in zip(continuations, row, strict=True):
@@ -188,6 +189,28 @@ def test_int8_is_close_and_repeatable(folder: Path, reference: TransformersEngin
     asked = requests(engine)
     assert engine.score(asked) == engine.score(asked)
     assert engine.generate(prompts(engine), Sampling(max_tokens=8)) == engine.generate(prompts(engine), Sampling(max_tokens=8))
+
+
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
+def test_batches_side_by_side_give_the_same_bits(folder: Path, quantization: str) -> None:
+    out = folder.parent / f"side-{quantization}"
+    to_ctranslate2(folder, out, quantization)
+    alone, wide = (CTranslate2Engine(out, EngineSettings(quantization=quantization, threads=threads, batch=2), True) for threads in (1, 3))  # type: ignore[arg-type]
+    served = CTranslate2Engine(out, EngineSettings(quantization=quantization, threads=2, batch=2))  # type: ignore[arg-type]
+    for sampling in (Sampling(max_tokens=12), Sampling(max_tokens=12, stop=("e",)), Sampling(max_tokens=6, temperature=1.0, seed=3)):
+        answers = wide.generate(prompts(wide) * 3, sampling)
+        assert answers == alone.generate(prompts(alone) * 3, sampling) == served.generate(prompts(served) * 3, sampling)
+    asked = requests(wide) * 3
+    assert wide.score(asked) == alone.score(asked) == served.score(asked)
+
+
+def test_no_worker_is_left_without_a_batch(engine: CTranslate2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = CTranslate2Engine(engine.chat.folder, EngineSettings(quantization="float32", threads=2, batch=32), True)
+    sizes: list[int] = []
+    whole = wide._generate_batch
+    monkeypatch.setattr(wide, "_generate_batch", lambda batch, sampling: sizes.append(len(batch)) or whole(batch, sampling))
+    wide.generate(prompts(wide), Sampling(max_tokens=1))
+    assert sorted(sizes) == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,13 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(folder: Path, settings: EngineSettings) -> Engine:
+def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False) -> Engine:
     """Load an exported model with the engine that `conf/serve/` names.
+
+    Args:
+        folder: The model.
+        settings: What runs it.
+        batches: Many prompts will come at a time, as in evaluate; false: one by one, as in the service. The answers are the same.
 
     Raises:
         ModelError: the folder is incomplete, or the engine is not installed.
@@ -90,7 +95,7 @@ def open_engine(folder: Path, settings: EngineSettings) -> Engine:
         case "ctranslate2":
             from stages.serve.engine_ctranslate2 import CTranslate2Engine
 
-            return CTranslate2Engine(folder, settings)
+            return CTranslate2Engine(folder, settings, batches)
         case "transformers":
             from stages.serve.engine_transformers import TransformersEngine
 

@@ -1,24 +1,10 @@
 """The CPU engine: ctranslate2, int8 by default.
 
-Shared prefixes. ctranslate2 has no KV cache to hand out; `generate_batch(static_prompt=…)` encodes a prefix once for a whole
-batch. `score` has two ways, and takes the cheaper one per request by `_forced_is_cheaper`:
+Batches. The service answers one prompt on all its threads. Who has many batches (evaluate, redteam) opens the engine with
+`batches`: each is worked on by one thread, so many at a time as there are threads. No thread waits for another within a matrix, and the
+bits are the same (a test compares them). `python -m tests.bench.evaluate` has the figures.
 
-* forced: the context is the static prompt, and decoding is constrained to each continuation, all of them side by side. The
-  context is encoded once; every further position costs a decoding step.
-* whole: `forward_batch` over context + continuation; the context is encoded once per continuation, nothing is decoded.
-
-Seconds per request on SmolLM2-135M, one thread, two cores with two to four other busy processes (float32 / int8):
-
-| request                                     | forced      | whole       | `score_batch` | trie of one-token calls |
-|---------------------------------------------|-------------|-------------|---------------|-------------------------|
-| 12 intents of 1-6 tokens after 51 of context | 0.99 / 0.46 | 2.68 / 1.78 | 2.23 / 1.46   | 1.07 / 0.58             |
-| 2 answers of 23 tokens after 20 of context   | 2.02 / 1.31 | 0.41 / 0.21 | 0.53 / 0.17   | 6.50 / 2.45             |
-
-With six other processes: forced 2.05 / 0.83, whole 5.63 / 1.97, transformers with past_key_values in float32 1.69 on the first row; 2.23 / 1.43,
-0.62 / 0.27 and 0.50 on the second. Eight answers of 24 tokens: ct2 float32 7.2 s, int8 3.1 s, transformers 7.5 s.
-
-In float32 each way is within 2.2e-4 nats of transformers. In int8 they are up to two nats away on sums of -30, and one nat from each
-other: activations are quantised anew on each path. The same requests in the same order give the same bits.
+Shared prefixes. The common beginning of a batch's prompts is encoded once; for `score` see `stages.serve.scoring`.
 
 `cache_static_prompt` stays off: ctranslate2 keeps one state (18 MB at 131 tokens) per prompt it has ever seen.
 `set_random_seed` has no effect on a running worker thread, so seeded sampling draws from the logits here (`_sample`).
@@ -26,12 +12,14 @@ other: activations are quantised anew on each path. The same requests in the sam
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from conf.errors import ModelError
 from conf.schema import EngineSettings
@@ -39,6 +27,8 @@ from stages.serve.chat import Chat
 from stages.serve.engine import Completion, Sampling, Score
 from stages.serve.materialise import opened
 from stages.serve.sampling import choose
+from stages.serve.scoring import Item, log_softmax, plan
+from stages.serve.scoring import score as scored
 from stages.serve.text import TextStream, cut
 
 if TYPE_CHECKING:
@@ -46,10 +36,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LOGITS_BYTES = 256 * 1024 * 1024
-"""Most memory for the logits of one call."""
-STEP, STEP_ROW = 12, 3
-"""Cost of a decoding step, in tokens of prefill: of the step itself (the weights are read once), and per row."""
+T = TypeVar("T")
+R = TypeVar("R")
+
 DRAFT = 8
 """Tokens drafted greedily at a time while sampling with a seed."""
 
@@ -57,8 +46,13 @@ DRAFT = 8
 class CTranslate2Engine:
     """A folder written by `stages.convert`: `to_ctranslate2`, or `store`."""
 
-    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+    def __init__(self, folder: Path, settings: EngineSettings, batches: bool = False) -> None:
         """Load the model.
+
+        Args:
+            folder: What is loaded.
+            settings: Threads and the size of a batch.
+            batches: Many batches will come: one thread for each, rather than all threads for one.
 
         Raises:
             ModelError: a file is missing or no ctranslate2 model, or ctranslate2 is not installed.
@@ -74,7 +68,8 @@ class CTranslate2Engine:
                 if not (whole / name).is_file():
                     raise ModelError(f"{whole / name} is missing", "run `dvc repro export`, or `dvc pull`")
             try:
-                generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=1, intra_threads=settings.threads)
+                inter, intra = (settings.threads, 1) if batches else (1, settings.threads)
+                generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=inter, intra_threads=intra)
             except (RuntimeError, ValueError) as error:
                 raise ModelError(f"{folder} does not load: {error}", "remove it and run `dvc repro export`") from error
         self._held: list[ctranslate2.Generator] = [generator]
@@ -82,18 +77,27 @@ class CTranslate2Engine:
         weakref.finalize(self, self._held.clear)
         self._ends = sorted(self.chat.eos_ids) or None
         self._vocabulary = 0
+        self._workers = inter
+
+    def _each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Work on each item, so many at a time as the model has workers."""
+        if self._workers == 1 or len(items) < 2:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(self._workers) as pool:
+            return list(pool.map(work, items))
 
     # ------------------------------------------------------------ generate
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Answer each prompt; a batch holds prompts of similar length, and their common beginning is encoded once."""
         if sampling.temperature > 0 and sampling.seed is not None:
-            return [self._sample(list(prompt), sampling, sampling.seed) for prompt in prompts]
+            seed = sampling.seed
+            return self._each(lambda prompt: self._sample(list(prompt), sampling, seed), prompts)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        answers: dict[int, Completion] = {}
-        for start in range(0, len(order), self._settings.batch):
-            chosen = order[start : start + self._settings.batch]
-            answers.update(zip(chosen, self._generate_batch([list(prompts[i]) for i in chosen], sampling), strict=True))
+        size = min(self._settings.batch, max(1, math.ceil(len(order) / self._workers)))
+        batches = [order[start : start + size] for start in range(0, len(order), size)][::-1]  # the long ones first: no worker is left alone with one
+        found = self._each(lambda chosen: self._generate_batch([list(prompts[i]) for i in chosen], sampling), batches)
+        answers = {i: answer for chosen, batch in zip(batches, found, strict=True) for i, answer in zip(chosen, batch, strict=True)}
         return [answers[i] for i in range(len(prompts))]
 
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling, on_token: Callable[[int], bool] | None = None) -> list[Completion]:
@@ -195,43 +199,23 @@ class CTranslate2Engine:
     # ------------------------------------------------------------ score
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[Score]]:
-        """Log-likelihood of each continuation; see the module's docstring for how a context is encoded once."""
-        scores: dict[tuple[int, int], Score] = {}
-        whole: list[tuple[int, int, list[int], list[int]]] = []
-        for i, (context, continuations) in enumerate(requests):
-            if not context:
-                raise ModelError("score got an empty context", "put the end token before the text, as lm-eval does")
-            chunks = [list(range(j, min(j + self._settings.batch, len(continuations)))) for j in range(0, len(continuations), self._settings.batch)]
-            for chunk in chunks:
-                forced = [j for j in chunk if len(continuations[j])]
-                scores.update({(i, j): Score(logprob=0.0, greedy=True) for j in chunk if not len(continuations[j])})
-                if _forced_is_cheaper(len(context), [len(continuations[j]) for j in forced]):
-                    found = self._score_forced(list(context), [list(continuations[j]) for j in forced])
-                    scores.update({(i, j): score for j, score in zip(forced, found, strict=True)})
-                else:
-                    whole += [(i, j, list(context), list(continuations[j])) for j in forced]
-        whole.sort(key=lambda item: (len(item[2]) + len(item[3]), item[0], item[1]))
-        while whole:
-            batch = self._fitting(whole)
-            whole = whole[len(batch) :]
-            logprobs = self._forward([context + continuation for _, _, context, continuation in batch])
-            for row, (i, j, context, continuation) in zip(logprobs, batch, strict=True):
-                scores[i, j] = _score(row[len(context) - 1 : len(context) - 1 + len(continuation)], continuation)
-        return [[scores[i, j] for j in range(len(continuations))] for i, (_, continuations) in enumerate(requests)]
+        """Log-likelihood of each continuation; see `stages.serve.scoring` for how a context is encoded once."""
+        forced, whole = plan(requests, self._settings.batch, self.vocabulary)
+        found = [*self._each(self._score_whole, whole[::-1])[::-1], *self._each(self._score_forced, forced)]
+        scores = {item.at: score for items, batch in zip([*whole, *forced], found, strict=True) for item, score in zip(items, batch, strict=True)}
+        certain = Score(logprob=0.0, greedy=True)
+        return [[scores.get((i, j), certain) for j in range(len(continuations))] for i, (_, continuations) in enumerate(requests)]
 
-    def _fitting(self, items: list[tuple[int, int, list[int], list[int]]]) -> list[tuple[int, int, list[int], list[int]]]:
-        """The first items (sorted by length) whose padded logits fit into memory: at least one."""
-        count = 1
-        while count < min(len(items), self._settings.batch):
-            longest = len(items[count][2]) + len(items[count][3])
-            if 4 * self.vocabulary * longest * (count + 1) > LOGITS_BYTES:
-                break
-            count += 1
-        return items[:count]
+    def _score_whole(self, items: list[Item]) -> list[Score]:
+        """Run each context with its continuation."""
+        rows = zip(self._forward([item.context + item.continuation for item in items]), items, strict=True)
+        return [scored(row[len(i.context) - 1 : len(i.context) - 1 + len(i.continuation)], i.continuation) for row, i in rows]
 
-    def _score_forced(self, context: list[int], continuations: list[list[int]]) -> list[Score]:
-        """Decode each continuation under constraint, the context encoded once."""
+    def _score_forced(self, items: list[Item]) -> list[Score]:
+        """Decode each continuation of one context under constraint, the context encoded once."""
         import numpy as np
+
+        context, continuations = items[0].context, [item.continuation for item in items]
 
         def done(step: ctranslate2.GenerationStepResult) -> bool:
             return bool(step.step >= len(continuations[step.batch_id]) - 1)
@@ -250,7 +234,7 @@ class CTranslate2Engine:
         scores = []
         for continuation, result in zip(continuations, results, strict=True):
             logits = np.stack([np.asarray(step).reshape(-1) for step in result.logits[0][: len(continuation)]])
-            scores.append(_score(_log_softmax(logits), continuation))
+            scores.append(scored(log_softmax(logits), continuation))
         return scores
 
     def _forward(self, rows: list[list[int]]) -> NDArray[np.float32]:
@@ -297,27 +281,3 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     first, last = min(map(list, prompts)), max(map(list, prompts))
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def _forced_is_cheaper(context: int, lengths: Sequence[int]) -> bool:
-    """Whether constrained decoding costs less than forwarding everything; lengths in tokens."""
-    if not lengths:
-        return False
-    steps = sum(STEP + STEP_ROW * sum(length > at for length in lengths) for at in range(max(lengths)))
-    return context + steps < sum(context + length for length in lengths)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    import numpy as np
-
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
-def _score(logprobs: NDArray[np.float32], continuation: list[int]) -> Score:
-    """Args: logprobs: shape (len(continuation), vocabulary), each row before its token."""
-    import numpy as np
-
-    at = np.arange(len(continuation)), np.asarray(continuation)
-    return Score(logprob=float(logprobs[at].astype(np.float64).sum()), greedy=bool((logprobs.argmax(axis=-1) == at[1]).all()))
