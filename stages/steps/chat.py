@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.errors import ConfigError
 from conf.schema import Chat
-from stages.files import canonical
 from stages.records import Message
-from stages.steps.rows import Dropped, to_row
+from stages.steps.rows import SCRATCH, Dropped, Filter, Row, publishable, to_row
 from stages.steps.tally import write_tally
 
 FIELDS = ("id", "text", "completion", "label", "group", "meta")
@@ -35,7 +33,7 @@ def compile_template(template: str, key: str) -> Template:
         raise ConfigError(f"preprocess.chat.{key}={template!r} is no Jinja template: {error}") from error
 
 
-class FormatChat(BaseFilter):
+class FormatChat(Filter):
     """Fills `messages` and `completion`; a row with an empty side is dropped with `chat:prompt` or `chat:completion`."""
 
     name = "chat"
@@ -46,7 +44,7 @@ class FormatChat(BaseFilter):
         self.settings = settings
         self.templates: dict[str, Template] = {}
 
-    def render(self, key: str, doc: Document) -> str:
+    def render(self, key: str, row: Row) -> str:
         """One side of the conversation.
 
         Raises:
@@ -54,24 +52,24 @@ class FormatChat(BaseFilter):
         """
         if not self.templates:  # compiled templates do not travel between processes
             self.templates = {k: compile_template(getattr(self.settings, k), k) for k in ("prompt", "completion")}
-        row = to_row(doc)
         try:
             return self.templates[key].render({field: row[field] for field in FIELDS})
         except TemplateError as error:
             raise ConfigError(f"preprocess.chat.{key} fails on {row['source']}/{row['id']}: {error}", f"its fields are {', '.join(FIELDS)}") from error
 
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Whether the row makes a conversation."""
+    def reason(self, doc: Document) -> str | None:
+        """Which side of the conversation is empty."""
         if doc.metadata["split"] == "corpus":
-            return True
-        prompt, completion = self.render("prompt", doc), self.render("completion", doc)
+            return None
+        row = to_row(doc)
+        prompt, completion = self.render("prompt", row), self.render("completion", row)
         for side, text in (("prompt", prompt), ("completion", completion)):
             if not text.strip():
-                return False, f"chat:{side}"
+                return f"chat:{side}"
         system = [Message(role="system", content=self.settings.system)] if self.settings.system else []
         doc.metadata["messages"] = [*system, Message(role="user", content=prompt), Message(role="assistant", content=completion)]
         doc.metadata["completion"] = completion
-        return True
+        return None
 
 
 class WriteSplits(PipelineStep):
@@ -87,18 +85,19 @@ class WriteSplits(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Write all rows; none goes on."""
-        files: dict[str, TextIO] = {}
+        files: dict[str, BinaryIO] = {}
         kept: dict[str, Counter[str]] = defaultdict(Counter)
         with ExitStack() as stack:
             for document in data:
                 row = to_row(document)
-                split = row.pop("split")
+                split = row["split"]
                 if split not in files:
                     path = self.folder / split / f"{rank:05d}.jsonl"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    files[split] = stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-                row.pop("use")
+                    files[split] = stack.enter_context(path.open("wb"))
+                for name in SCRATCH:
+                    del row[name]
                 kept[split][row["source"]] += 1
-                files[split].write(canonical(row, indent=None))
+                files[split].write(publishable(row))
         write_tally(self.counts, rank, kept)
         yield from ()

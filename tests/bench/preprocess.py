@@ -12,7 +12,6 @@ most that the processes of one run held together. Both are read from the process
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
