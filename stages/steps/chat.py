@@ -10,6 +10,7 @@ from typing import BinaryIO
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.nodes import Name, Output, TemplateData
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conf.errors import ConfigError
@@ -33,6 +34,20 @@ def compile_template(template: str, key: str) -> Template:
         raise ConfigError(f"preprocess.chat.{key}={template!r} is no Jinja template: {error}") from error
 
 
+def pieces(template: str) -> list[tuple[bool, str]] | None:
+    """A template of nothing but text and fields that are texts, as (is a field, text or its name); None for any other."""
+    found: list[tuple[bool, str]] = []
+    for output in ImmutableSandboxedEnvironment().parse(template).body:
+        for node in output.iter_child_nodes():
+            if isinstance(output, Output) and isinstance(node, TemplateData):
+                found.append((False, node.data))
+            elif isinstance(output, Output) and isinstance(node, Name) and node.name in FIELDS[:-1]:
+                found.append((True, node.name))
+            else:
+                return None
+    return found
+
+
 class FormatChat(Filter):
     """Fills `messages` and `completion`; a row with an empty side is dropped with `chat:prompt` or `chat:completion`."""
 
@@ -43,6 +58,7 @@ class FormatChat(Filter):
         super().__init__(dropped)
         self.settings = settings
         self.templates: dict[str, Template] = {}
+        self.pieces = {key: pieces(getattr(settings, key)) for key in ("prompt", "completion")}
 
     def render(self, key: str, row: Row) -> str:
         """One side of the conversation.
@@ -50,6 +66,8 @@ class FormatChat(Filter):
         Raises:
             ConfigError: the template names a field that the row does not have, or does what the sandbox forbids.
         """
+        if (simple := self.pieces[key]) is not None:  # what Jinja would do, at a tenth of the time
+            return "".join([row[text] if is_field else text for is_field, text in simple])
         if not self.templates:  # compiled templates do not travel between processes
             self.templates = {k: compile_template(getattr(self.settings, k), k) for k in ("prompt", "completion")}
         try:

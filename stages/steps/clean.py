@@ -38,6 +38,8 @@ def collapse(text: str) -> str:
 
 def is_sound(text: str) -> bool:
     """Whether FTFYFormatter would return the text as it is: nothing to take out, and each line ASCII or no mojibake by ftfy's own rule."""
+    if text.isascii() and text.isprintable():
+        return "&" not in text
     return not TO_REPAIR.search(text) and (text.isascii() or ("\n" not in text and len(text) <= 1_000_000 and not is_bad(text)))
 
 

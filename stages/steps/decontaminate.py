@@ -80,25 +80,28 @@ class Index:
     def __init__(self, path: Path) -> None:
         """Args: path: of the sorted array."""
         self.name, self.known = path.stem, map_array(path, GRAM)
-        bits = min(max(len(self.known).bit_length() + 4, SKETCH_BITS[0]), SKETCH_BITS[-1])
+        bits = min(max(len(self.known).bit_length() + 5, SKETCH_BITS[0]), SKETCH_BITS[-1])
         self.shift = np.uint64(64 - bits)
         self.may_hold = np.zeros(1 << bits, dtype=bool)
         self.may_hold[self.known >> self.shift] = True
 
-    def rows_to_look_at(self, grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Which rows may have an n-gram of the set."""
-        rows = np.repeat(np.arange(len(counts)), counts)
+    def rows_with_any(self, grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Which rows have an n-gram of the set."""
+        likely = np.flatnonzero(self.may_hold[grams >> self.shift])
+        found = likely[self.holds(grams[likely])]
         seen = np.zeros(len(counts), dtype=bool)
-        seen[rows[self.may_hold[grams >> self.shift]]] = True
+        seen[np.searchsorted(np.cumsum(counts), found, side="right")] = True
         return seen
+
+    def holds(self, grams: np.ndarray) -> np.ndarray:
+        """Which n-grams are in the set."""
+        if not len(self.known):
+            return np.zeros(len(grams), dtype=bool)
+        return np.asarray(self.known[np.minimum(np.searchsorted(self.known, grams), len(self.known) - 1)] == grams)
 
     def overlap(self, grams: np.ndarray) -> float:
         """Share of a row's n-grams, each counted once, that are in the set."""
-        if not len(grams) or not len(self.known):
-            return 0.0
-        own = np.unique(grams)
-        at = np.minimum(np.searchsorted(self.known, own), len(self.known) - 1)
-        return float(np.mean(self.known[at] == own))
+        return float(np.mean(self.holds(np.unique(grams))))
 
 
 class DropContaminated(Filter):
@@ -123,7 +126,7 @@ class DropContaminated(Filter):
         grams, counts = part_grams(self.grams, part)
         ends = np.cumsum(counts)
         indexes = [Index(path) for path in sorted(self.folder.glob("*.grams"))]
-        looks = [index.rows_to_look_at(grams, counts) for index in indexes]
+        looks = [index.rows_with_any(grams, counts) for index in indexes]
         for row in np.flatnonzero(np.any(looks, axis=0)) if looks else ():
             own = grams[ends[row] - counts[row] : ends[row]]
             shares = {index.name: index.overlap(own) for index, look in zip(indexes, looks, strict=True) if look[row]}

@@ -10,14 +10,16 @@ import re
 from collections.abc import Sequence
 from hashlib import sha1
 from itertools import chain
+from unicodedata import category, normalize
 
 import numpy as np
-from datatrove.utils.text import PUNCTUATION, simplify_text
+from datatrove.utils.text import PUNCTUATION, TextNormConfig, simplify_text
 
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Thai, Lao, Burmese, Khmer, kana and Han: scripts without blanks between words."""
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 NUMBER = re.compile(rb"[0-9]+(?:[.,][0-9]+)?")
+WITH_ACCENTS = TextNormConfig(norm_unicode_diacritics=False)
 PLAIN = bytes(32 if chr(code) in PUNCTUATION else ord(chr(code).lower()) if code < 128 else code for code in range(256))
 """ASCII without case and punctuation."""
 KNOWN_WORDS = 200_000
@@ -28,11 +30,14 @@ SHA1 = np.dtype([("hash", "<u8"), ("rest", "V12")])
 def words(text: str) -> list[bytes]:
     """Words in UTF-8 without case, punctuation and accents, numbers made equal; one per character in scripts without blanks.
 
-    They are those of datatrove's `simplify_text`; ASCII takes a shorter way to the same.
+    They are those of datatrove's `simplify_text`, which looks up the category of each character; ASCII takes a shorter way still.
     """
     if text.isascii():
         return NUMBER.sub(b"0", text.encode()).translate(PLAIN).split()
-    return [word.encode() for word in WORD.findall(simplify_text(text))]
+    simple = normalize("NFD", simplify_text(text, WITH_ACCENTS))
+    for accent in [c for c in set(simple) if category(c) == "Mn"]:
+        simple = simple.replace(accent, "")
+    return [word.encode() for word in WORD.findall(simple)]
 
 
 def grams(tokens: Sequence[bytes], size: int) -> list[bytes]:
