@@ -18,7 +18,7 @@ from importlib import import_module
 
 from conf.schema import PiiKind
 
-WORTH_A_LOOK = re.compile(r"[\d@]|://|www\.|::", re.IGNORECASE)
+DIGIT = re.compile(r"\d")
 EMAIL = re.compile(r"(?<![\w.%+'-])[\w.%+'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
 URL = re.compile(r"(?<!\w)(?:[a-z][a-z0-9+]{1,15}://|www\.)[^\s<>\"']*[^\s<>\"'.,;:!?)\]]", re.IGNORECASE)
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}")
@@ -74,7 +74,7 @@ def find(text: str, kinds: Sequence[PiiKind], regions: Sequence[str]) -> list[Sp
         kinds: what is searched for.
         regions: ISO 3166 codes of the countries whose national forms of telephone and identity numbers count.
     """
-    if not WORTH_A_LOOK.search(text):
+    if not worth_a_look(text):
         return []
     found: list[Span] = []
     for kind, finder in FINDERS.items():
@@ -84,6 +84,22 @@ def find(text: str, kinds: Sequence[PiiKind], regions: Sequence[str]) -> list[Sp
                 if (at == 0 or found[at - 1].end <= start) and (at == len(found) or end <= found[at].start):
                     found.insert(at, Span(start, end, kind))
     return found
+
+
+def worth_a_look(text: str) -> bool:
+    """Whether there is anything that all personal data has one of."""
+    return "@" in text or "::" in text or has_url(text) or DIGIT.search(text) is not None
+
+
+def has_url(text: str) -> bool:
+    """Whether there may be an address of the web."""
+    return "://" in text or "www." in text.lower()
+
+
+def ascii_digits(text: str) -> int:
+    """How many there are."""
+    data = text.encode(errors="replace")
+    return len(data) - len(data.translate(None, b"0123456789"))
 
 
 def redact(text: str, kinds: Sequence[PiiKind], regions: Sequence[str]) -> str:
@@ -124,7 +140,8 @@ def emails(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
 
 def urls(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Addresses with a scheme, or starting with `www.`."""
-    yield from (match.span() for match in URL.finditer(text))
+    if has_url(text):
+        yield from (match.span() for match in URL.finditer(text))
 
 
 def ibans(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
@@ -138,13 +155,14 @@ def ibans(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
 
 def cards(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Numbers of 13 to 19 digits in the payment networks' ranges with the right check digit (Luhn)."""
-    yield from (match.span() for match in CARD.finditer(text) if checker("luhn")(re.sub("[ -]", "", match[0])))
+    if ascii_digits(text) >= 13:
+        yield from (match.span() for match in CARD.finditer(text) if checker("luhn")(re.sub("[ -]", "", match[0])))
 
 
 def addresses(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """IPv4 and IPv6 addresses, but not the bare `::`."""
-    for pattern in (IPV4, IPV6):
-        for match in pattern.finditer(text):
+    for pattern, mark, least in ((IPV4, ".", 3), (IPV6, ":", 2)):
+        for match in pattern.finditer(text) if text.count(mark) >= least else ():
             start, end = match.span()
             if pattern is IPV6 and match[0].endswith(":") and not match[0].endswith("::"):
                 end -= 1  # "seen from 2001:db8::1: nothing"
@@ -174,7 +192,7 @@ def phones(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
         return
     from phonenumbers import Leniency, PhoneNumberMatcher
 
-    for region in (*regions, None):
+    for region in (*regions, None) if "+" in text or "\uff0b" in text else regions:
         for match in PhoneNumberMatcher(text, region, Leniency.VALID, max_tries=1_000_000):
             yield match.start, match.end
 

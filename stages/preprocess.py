@@ -15,13 +15,16 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import conf
 from conf.errors import DataError
 from conf.schema import Preprocess
 from stages.files import read_json
 from stages.run import progress, scratch
+
+if TYPE_CHECKING:
+    from stages.steps.order import Parts
 
 COLLECTED = Path("data/collect")
 OUT = Path("data/preprocess")
@@ -35,12 +38,13 @@ def sources(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def clean(settings: Preprocess, inputs: dict[str, tuple[str, str]], work: Path) -> None:
-    """Normalise, drop what misses fields or quality, redact; writes sorted runs, and the n-grams of benchmark rows."""
+    """Normalise, drop what misses fields or quality, redact, assign splits; writes sorted runs, and the n-grams of benchmark rows."""
     from stages.steps.clean import MissingFields, NormaliseText, PersonalData, Quality, WriteRuns
-    from stages.steps.decontaminate import IndexEvaluation
+    from stages.steps.decontaminate import IndexBenchmarks
     from stages.steps.executors import execute
     from stages.steps.rows import Dropped
     from stages.steps.sources import ReadSources
+    from stages.steps.split import AssignSplit
 
     steps = [
         ReadSources(inputs, work / "counts"),
@@ -48,8 +52,9 @@ def clean(settings: Preprocess, inputs: dict[str, tuple[str, str]], work: Path) 
         MissingFields(settings.missing, Dropped(work / "dropped", "missing", settings.pii)),
         Quality(settings.filters, Dropped(work / "dropped", "filters", settings.pii)),
         PersonalData(settings.pii, Dropped(work / "dropped", "pii", settings.pii), work / "redacted"),
-        WriteRuns(work / "runs"),
-        IndexEvaluation(work / "evaluation", settings.decontaminate),
+        AssignSplit(settings.split),
+        WriteRuns(work / "runs", keep_groups=settings.split.by == "group"),
+        IndexBenchmarks(work / "evaluation", settings.decontaminate),
     ]
     execute(steps, settings.shards, settings, work / "logs/clean")
 
@@ -66,60 +71,55 @@ def check_counts(manifest: dict[str, Any], counts: dict[str, int]) -> None:
             raise DataError(what, "remove data/collect and run `dvc repro`")
 
 
-def deduplicate(settings: Preprocess, work: Path) -> int:
-    """Order the cleaned rows, cut them into parts, and list exact and near duplicates; returns the number of parts."""
-    from stages.steps.deduplicate import DropListed, Signature, list_exact, list_near, minhash_config, order
+def deduplicate(settings: Preprocess, work: Path) -> Parts:
+    """Order the cleaned rows, cut them into parts, list exact and near duplicates, and index what is evaluated on."""
+    from stages.steps.decontaminate import join_index
+    from stages.steps.deduplicate import Sketch, join_lists, list_exact, list_near
     from stages.steps.executors import execute
+    from stages.steps.order import PART_BYTES, Table, order, place
     from stages.steps.parts import ReadPart
-    from stages.steps.rows import Dropped, key, merged
+    from stages.steps.rows import Dropped, merged
 
     size = sum(path.stat().st_size for path in (work / "runs").glob("*.jsonl"))
+    table = Table(work / "table")
     with Dropped(work / "dropped", "order", settings.pii) as dropped:
-        rows = progress(merged(work / "runs", by=key), "ordering rows")
-        part_bytes, keep_groups = max(size // settings.shards, 1), settings.split.by == "group"
-        parts = order(rows, work / "parts", work / "digests", part_bytes=part_bytes, dropped=dropped, keep_groups=keep_groups)
+        lines = progress(merged(work / "runs", by=place), "ordering rows")
+        parts = order(lines, work / "parts", table, part_bytes=min(size // settings.shards + 1, PART_BYTES), dropped=dropped)
+    if not parts.total:
+        return parts
+    exact, near, repeats = work / "exact", work / "near", work / "repeats"
+    exact.touch()
+    near.touch()
     if settings.deduplicate.exact:
-        list_exact(work / "digests", work / "exact-runs", work / "exact")
-    if parts.total and (minhash := settings.deduplicate.minhash):
-        from datatrove.pipeline.dedup.minhash import MinhashDedupBuckets, MinhashDedupCluster
-
-        config = minhash_config(minhash)
-        signatures, pairs, clusters = (str(work / "minhash" / name) for name in ("signatures", "pairs", "clusters"))
-        sign = [ReadPart(work / "parts"), DropListed(work / "exact", "duplicate:exact"), Signature(signatures, minhash, parts.first_corpus)]
-        execute(sign, parts.total, settings, work / "logs/signatures")
-        execute([MinhashDedupBuckets(signatures, pairs, config=config)], minhash.buckets, settings, work / "logs/buckets")
-        execute([MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True)], 1, settings, work / "logs/clusters")
-        list_near(work / "parts", work / "exact", Path(clusters), work / "near")
-    return parts.total
+        list_exact(table, parts, exact)
+    minhash = settings.deduplicate.minhash
+    execute([ReadPart(work / "parts"), Sketch(work / "sketches", parts, exact, minhash, settings.decontaminate)], parts.total, settings, work / "logs/sketch")
+    if minhash:
+        list_near(work / "sketches", table, parts, minhash, near)
+    join_lists([exact, near], repeats)
+    if settings.decontaminate:
+        join_index(work / "evaluation", work / "sketches", table, parts, repeats)
+    return parts
 
 
-def split(settings: Preprocess, parts: int, work: Path) -> None:
-    """Drop duplicates, assign splits, decontaminate what trains, and format conversations."""
+def write(settings: Preprocess, parts: Parts, work: Path) -> None:
+    """Drop duplicates, decontaminate what trains, format conversations, and write each split."""
     from stages.steps.chat import FormatChat, WriteSplits
-    from stages.steps.decontaminate import DropContaminated, IndexEvaluation, join_index
-    from stages.steps.deduplicate import DropListed
+    from stages.steps.decontaminate import DropContaminated
+    from stages.steps.deduplicate import DropRepeats
     from stages.steps.executors import execute
-    from stages.steps.parts import ReadPart, WriteParts
+    from stages.steps.order import Table
+    from stages.steps.parts import ReadPart
     from stages.steps.rows import Dropped
-    from stages.steps.split import AssignSplit
 
     steps = [
         ReadPart(work / "parts"),
-        DropListed(work / "exact", "duplicate:exact", Dropped(work / "dropped", "exact", settings.pii)),
-        DropListed(work / "near", "duplicate:near", Dropped(work / "dropped", "near", settings.pii)),
-        AssignSplit(settings.split),
-        IndexEvaluation(work / "evaluation", settings.decontaminate),
-        WriteParts(work / "split"),
-    ]
-    execute(steps, parts, settings, work / "logs/split")
-    join_index(work / "evaluation")
-    steps = [
-        ReadPart(work / "split"),
-        DropContaminated(work / "evaluation", settings.decontaminate, Dropped(work / "dropped", "decontaminate", settings.pii)),
+        DropRepeats(work / "repeats", parts, Table(work / "table"), Dropped(work / "dropped", "repeats", settings.pii)),
+        DropContaminated(work / "evaluation", work / "sketches", settings.decontaminate, Dropped(work / "dropped", "decontaminate", settings.pii)),
         FormatChat(settings.chat, Dropped(work / "dropped", "chat", settings.pii)),
         WriteSplits(work / "splits", work / "kept"),
     ]
-    execute(steps, parts, settings, work / "logs/format")
+    execute(steps, parts.total, settings, work / "logs/write")
 
 
 def main() -> None:
@@ -139,7 +139,7 @@ def main() -> None:
         clean(settings, inputs, work)
         read = read_tally(work / "counts")["read"]
         check_counts(manifest, read)
-        split(settings, deduplicate(settings, work), work)
+        write(settings, deduplicate(settings, work), work)
         summary = write_outputs(OUT, inputs, read, work)
     log.info("kept %s", ", ".join(f"{rows} {name}" for name, rows in summary["rows"].items()))
 

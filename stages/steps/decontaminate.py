@@ -2,109 +2,139 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.utils.hashing import HashConfig, create_hash_func
-from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
 
 from conf.schema import Decontaminate
-from stages.steps.rows import Dropped
+from stages.steps.arrays import map_array, write_array
+from stages.steps.deduplicate import read_listed
+from stages.steps.grams import WordHashes, sum_hashes, words
+from stages.steps.order import SPLITS, Parts, Table
+from stages.steps.rows import Dropped, Filter
 
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Thai, Lao, Burmese, Khmer, kana and Han: scripts without blanks between words."""
-WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-ASCII = TextNormConfig(norm_unicode_diacritics=False)
-HASHING = HashConfig(hash_fc="sha1")
-"""Datatrove's xxhash calls fail with xxhash 4, which no longer takes a str."""
-HASH = create_hash_func(HASHING)
+GRAM = np.dtype("<u8")
 ROWS_HELD = 5_000
-"""Evaluation rows whose n-grams are held before they are written."""
+"""Benchmark rows whose n-grams are held before they are written."""
+SKETCH_BITS = range(16, 25)
+"""Sizes of the table that says which n-grams cannot be in an index: 64 kB to 16 MB."""
 
 
-def words(text: str) -> list[str]:
-    """Words without case, punctuation and accents, numbers made equal; one per character in scripts without blanks."""
-    simple: str = simplify_text(text, ASCII) if text.isascii() else simplify_text(text)
-    return WORD.findall(simple)
-
-
-def hashes(text: str, size: int) -> np.ndarray:
-    """Hashes of the text's n-grams, shape (n,), each once; a text shorter than `size` words is one n-gram, an empty one none."""
-    tokens = words(text)
-    grams = ngrams(tokens, size) if len(tokens) >= size else [tokens] if tokens else []
-    return np.fromiter({HASH(" ".join(gram)) for gram in grams}, dtype=np.uint64)
-
-
-class IndexEvaluation(PipelineStep):
-    """Writes the n-grams of the evaluation rows that pass: benchmark rows, and rows whose split is `test`."""
+class IndexBenchmarks(PipelineStep):
+    """Writes the n-grams of the rows that come."""
 
     type = "DECONT"
     name = "index"
 
     def __init__(self, folder: Path, settings: Decontaminate | None) -> None:
-        """Args: folder: takes `<evaluation set>/<n>.npy`. settings: n-gram size; null writes nothing."""
+        """Args: folder: takes `<source>/<n>`. settings: n-gram size; null writes nothing."""
         super().__init__()
         self.folder, self.settings = folder, settings
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         """Yield the documents as they are."""
-        grams: dict[str, list[np.ndarray]] = {}
-        written = 0
+        texts: dict[str, list[list[bytes]]] = {}
+        written = held = 0
         for document in data:
-            evaluation = document.metadata["source"] if document.metadata["use"] == "benchmark" else document.metadata.get("split")
-            if self.settings and (document.metadata["use"] == "benchmark" or evaluation == "test"):
-                grams.setdefault(str(evaluation), []).append(hashes(document.text, self.settings.ngram))
-                if sum(map(len, grams.values())) >= ROWS_HELD:
-                    written = self.write(grams, rank, written)
+            if self.settings:
+                texts.setdefault(document.metadata["source"], []).append(words(document.text))
+                if (held := held + 1) >= ROWS_HELD:
+                    written, held = self.write(texts, rank, written), 0
             yield document
-        self.write(grams, rank, written)
+        self.write(texts, rank, written)
 
-    def write(self, grams: dict[str, list[np.ndarray]], rank: int, number: int) -> int:
+    def write(self, texts: dict[str, list[list[bytes]]], rank: int, number: int) -> int:
         """Write and forget what was gathered; returns the next number."""
-        for name, arrays in grams.items():
-            path = self.folder / name / f"{rank:05d}-{number:06d}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, np.unique(np.concatenate(arrays)))
-        grams.clear()
+        for name, tokens in texts.items():
+            assert self.settings
+            write_array(self.folder / name / f"{rank:05d}-{number:06d}", np.unique(sum_hashes(tokens, self.settings.ngram, WordHashes())[0]))
+        texts.clear()
         return number + 1
 
 
-def join_index(folder: Path) -> None:
-    """Make one sorted array of each evaluation set: `<folder>/<set>.npy`."""
-    for pieces in sorted(p for p in folder.glob("*") if p.is_dir()):
-        np.save(folder / f"{pieces.name}.npy", np.unique(np.concatenate([np.load(piece) for piece in sorted(pieces.glob("*.npy"))])))
+def part_grams(folder: Path, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of a part's rows one after the other, and how many each row has."""
+    return map_array(folder / f"{part:05d}.grams", GRAM), map_array(folder / f"{part:05d}.counts", np.dtype("<i8"))
 
 
-class DropContaminated(BaseFilter):
+def join_index(folder: Path, grams: Path, table: Table, parts: Parts, repeats: Path) -> None:
+    """Make one sorted array of each evaluation set: `<folder>/<set>.grams`; the rows of the split `test` that stay are one."""
+    pieces: dict[str, list[np.ndarray]] = {p.name: [map_array(piece, GRAM) for piece in sorted(p.iterdir())] for p in folder.glob("*") if p.is_dir()}
+    for part, (start, end) in enumerate(pairwise(parts.starts)):
+        stays = table.column("splits", start, end) == SPLITS.index("test")
+        stays[read_listed(repeats, start, end)["row"] - start] = False
+        if stays.any():
+            hashes, counts = part_grams(grams, part)
+            pieces.setdefault("test", []).append(np.unique(hashes[np.repeat(stays, counts)]))
+    for name, arrays in sorted(pieces.items()):
+        write_array(folder / f"{name}.grams", np.unique(np.concatenate(arrays)))
+
+
+class Index:
+    """The n-grams of one evaluation set, and a table by their upper bits that tells most others apart from them at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Args: path: of the sorted array."""
+        self.name, self.known = path.stem, map_array(path, GRAM)
+        bits = min(max(len(self.known).bit_length() + 5, SKETCH_BITS[0]), SKETCH_BITS[-1])
+        self.shift = np.uint64(64 - bits)
+        self.may_hold = np.zeros(1 << bits, dtype=bool)
+        self.may_hold[self.known >> self.shift] = True
+
+    def rows_with_any(self, grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Which rows have an n-gram of the set."""
+        likely = np.flatnonzero(self.may_hold[grams >> self.shift])
+        found = likely[self.holds(grams[likely])]
+        seen = np.zeros(len(counts), dtype=bool)
+        seen[np.searchsorted(np.cumsum(counts), found, side="right")] = True
+        return seen
+
+    def holds(self, grams: np.ndarray) -> np.ndarray:
+        """Which n-grams are in the set."""
+        if not len(self.known):
+            return np.zeros(len(grams), dtype=bool)
+        return np.asarray(self.known[np.minimum(np.searchsorted(self.known, grams), len(self.known) - 1)] == grams)
+
+    def overlap(self, grams: np.ndarray) -> float:
+        """Share of a row's n-grams, each counted once, that are in the set."""
+        return float(np.mean(self.holds(np.unique(grams))))
+
+
+class DropContaminated(Filter):
     """Drops training rows and documents of which too many n-grams occur in one evaluation set, with `contaminated:<set>`."""
 
     name = "decontaminate"
 
-    def __init__(self, folder: Path, settings: Decontaminate | None, dropped: Dropped) -> None:
-        """Args: folder: of the index. settings: null lets everything pass. dropped: takes what is dropped."""
+    def __init__(self, folder: Path, grams: Path, settings: Decontaminate | None, dropped: Dropped) -> None:
+        """Args: folder: of the index. grams: of the parts' n-grams. settings: null lets everything pass. dropped: takes what is dropped."""
         super().__init__(dropped)
-        self.folder, self.settings = folder, settings
-        self.index: dict[str, np.ndarray] | None = None
+        self.folder, self.grams, self.settings = folder, grams, settings
+        self.worst: dict[int, str] = {}
 
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        """Whether the row stays, or which evaluation set it repeats most."""
-        if self.settings is None or doc.metadata["split"] not in ("train", "corpus"):
-            return True
-        if self.index is None:
-            self.index = {path.stem: np.load(path, mmap_mode="r") for path in sorted(self.folder.glob("*.npy"))}
-        grams = hashes(doc.text, self.settings.ngram)
-        shares = {name: overlap(grams, known) for name, known in self.index.items()}
-        worst = max(shares, key=lambda name: shares[name], default="")
-        return (False, f"contaminated:{worst}") if worst and shares[worst] > self.settings.max_overlap else True
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield what stays of the part."""
+        self.worst = dict(self.contaminated(rank)) if self.settings else {}
+        yield from super().run(data, rank, world_size)
 
+    def contaminated(self, part: int) -> Iterator[tuple[int, str]]:
+        """The rows of a part, by their index in it, of which too much is in an evaluation set, and in which one most."""
+        assert self.settings
+        grams, counts = part_grams(self.grams, part)
+        ends = np.cumsum(counts)
+        indexes = [Index(path) for path in sorted(self.folder.glob("*.grams"))]
+        looks = [index.rows_with_any(grams, counts) for index in indexes]
+        for row in np.flatnonzero(np.any(looks, axis=0)) if looks else ():
+            own = grams[ends[row] - counts[row] : ends[row]]
+            shares = {index.name: index.overlap(own) for index, look in zip(indexes, looks, strict=True) if look[row]}
+            worst = max(shares, key=lambda name: shares[name])
+            if shares[worst] > self.settings.max_overlap:
+                yield int(row), worst
 
-def overlap(grams: np.ndarray, known: np.ndarray) -> float:
-    """Share of the n-grams that are in the sorted array."""
-    if not len(grams) or not len(known):
-        return 0.0
-    at = np.minimum(np.searchsorted(known, grams), len(known) - 1)
-    return float(np.mean(known[at] == grams))
+    def reason(self, doc: Document) -> str | None:
+        """Which evaluation set the row repeats most."""
+        worst = self.worst.get(doc.metadata["index"])
+        return f"contaminated:{worst}" if worst and doc.metadata["split"] in ("train", "corpus") else None

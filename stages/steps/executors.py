@@ -1,15 +1,24 @@
-"""Where tasks run: datatrove's executors for this machine, Ray and Slurm, behind one function that returns when all are done."""
+"""Where tasks run: processes of this machine, or datatrove's executors for Ray and Slurm, behind one function that returns when all are done."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
 from importlib.util import find_spec
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+from datatrove.data import DocumentsPipeline
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -21,7 +30,7 @@ POLL_SECONDS = 5.0
 
 
 def make(steps: Sequence[PipelineStep], tasks: int, settings: Preprocess, logs: Path) -> PipelineExecutor:
-    """The executor that `conf/` names.
+    """Datatrove's executor for more than one machine that `conf/` names.
 
     Args:
         steps: the pipeline.
@@ -32,14 +41,8 @@ def make(steps: Sequence[PipelineStep], tasks: int, settings: Preprocess, logs: 
     Raises:
         ConfigError: what the executor needs is not installed.
     """
-    workers = min(settings.workers, tasks)
+    workers = min(worker_count(settings), tasks)
     match settings.executor:
-        case "local":
-            from datatrove.executor.local import LocalPipelineExecutor
-            from multiprocess import get_context
-
-            get_context("forkserver").set_forkserver_preload(PRELOAD)
-            return LocalPipelineExecutor(list(steps), tasks=tasks, workers=workers, logging_dir=str(logs))
         case "ray":
             if find_spec("ray") is None:
                 raise ConfigError("preprocess.executor=ray: the package ray is not installed", "`pip install 'ray[default]'`, or set executor: local")
@@ -57,15 +60,80 @@ def make(steps: Sequence[PipelineStep], tasks: int, settings: Preprocess, logs: 
                 partition=slurm.partition, qos=slurm.qos, mem_per_cpu_gb=slurm.memory_gb, env_command=f"cd {Path.cwd()} && export PYTHONHASHSEED=0",
                 venv_path=os.environ.get("VIRTUAL_ENV"),
             )  # fmt: skip
-    raise ConfigError(f"preprocess.executor={settings.executor} is unknown", "choose local, ray or slurm")
+    raise ConfigError(f"preprocess.executor={settings.executor} has no executor of datatrove", "choose ray or slurm")
+
+
+def worker_count(settings: Preprocess) -> int:
+    """Processes at a time: TRUNKLINE_WORKERS, which says what this machine has, or else `preprocess.workers`.
+
+    Raises:
+        ConfigError: the variable is no positive whole number.
+    """
+    chosen = os.environ.get("TRUNKLINE_WORKERS")
+    if not chosen:
+        return settings.workers
+    if not re.fullmatch("[1-9][0-9]{0,3}", chosen):
+        raise ConfigError(
+            f"TRUNKLINE_WORKERS={chosen!r} is no number of processes", "set it to a whole number from 1 to 9999, or unset it: preprocess.workers counts then"
+        )
+    return int(chosen)
+
+
+def run_task(steps: Sequence[PipelineStep], rank: int, tasks: int) -> None:
+    """Run the pipeline for one rank, as datatrove's executors do."""
+    data: DocumentsPipeline = None
+    for step in steps:
+        data = step(data, rank, tasks)
+    deque(data or (), maxlen=0)
+
+
+def begin_worker() -> None:
+    """A worker ends at Ctrl-C without a word, and at once when the stage is gone: nobody writes into the scratch of the next run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = parent_process()
+    assert parent
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def run_here(steps: Sequence[PipelineStep], tasks: int, workers: int, name: str) -> None:
+    """Run all ranks on this machine. (Datatrove's local executor waits for ever for a worker that was killed, and shows users its traceback.)
+
+    Raises:
+        DataError: a worker was killed.
+    """
+    if workers == 1:
+        for rank in range(tasks):
+            run_task(deepcopy(steps), rank, tasks)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
+        running = [pool.submit(run_task, steps, rank, tasks) for rank in range(tasks)]
+        try:
+            for task in running:
+                task.result()
+        except BrokenProcessPool as error:
+            remedy = "mostly because memory ran out: run `dvc repro` again with fewer processes (TRUNKLINE_WORKERS=1) or more preprocess.shards"
+            raise DataError(f"a worker process was killed in the pass `{name}`", remedy) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def execute(steps: Sequence[PipelineStep], tasks: int, settings: Preprocess, logs: Path) -> None:
     """Run the pipeline once per rank, and wait for all.
 
     Raises:
+        ConfigError: TRUNKLINE_WORKERS is wrong, or what the executor needs is missing.
         DataError: a task ended without being done.
     """
+    if settings.executor == "local":
+        run_here(steps, tasks, max(min(worker_count(settings), tasks), 1), logs.name)
+        return
     executor = make(steps, tasks, settings, logs)
     if settings.executor == "ray":
         import ray

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conf.errors import DataError
-from stages.files import publish, write_json, write_jsonl
-from stages.steps.rows import Row, dropped_key, merged
+from stages.files import publish, write_json
+from stages.steps.rows import decode, dropped_key, merged
 from stages.steps.tally import read_tally
 
 SPLITS = ("train", "validation", "test", "corpus")
@@ -55,11 +55,9 @@ def write_outputs(out: Path, inputs: Mapping[str, tuple[str, str]], read: Counte
 def write_dropped(folder: Path, path: Path) -> dict[str, Counter[str]]:
     """Write the dropped rows of all steps in order; returns source -> reason (without the kept duplicate) -> number."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-
-    def rows() -> Iterator[Row]:
-        for row in merged(folder, by=dropped_key):
+    with path.open("wb") as file:
+        for line in merged(folder, by=lambda line: dropped_key(decode(line))):
+            row = decode(line)
             counts[row["source"]][row["reason"].split(" of ")[0]] += 1
-            yield {name: value for name, value in row.items() if name not in ("use", "split")}
-
-    write_jsonl(path, rows())
+            file.write(line)
     return counts

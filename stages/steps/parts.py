@@ -7,12 +7,11 @@ from pathlib import Path
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from stages.files import read_jsonl
-from stages.steps.rows import to_row, write_run
+from stages.steps.rows import decode, read_lines
 
 
 class ReadPart(PipelineStep):
-    """Reads the part of its rank."""
+    """Reads the part of its rank; a row's place in it goes with it as `index`."""
 
     type = "READER"
     name = "part"
@@ -26,22 +25,7 @@ class ReadPart(PipelineStep):
         """Yield documents."""
         if data:
             yield from data
-        for row in read_jsonl(self.folder / f"{rank:05d}.jsonl"):
-            yield Document(text=row.pop("text"), id=row.pop("id"), metadata={k: v for k, v in row.items() if k != "messages"})
-
-
-class WriteParts(PipelineStep):
-    """Writes the part of its rank; none goes on."""
-
-    type = "WRITER"
-    name = "part"
-
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: takes `00000.jsonl` and so on."""
-        super().__init__()
-        self.folder = folder
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Write all documents."""
-        write_run(self.folder / f"{rank:05d}.jsonl", map(to_row, data))
-        yield from ()
+        for index, line in enumerate(read_lines(self.folder / f"{rank:05d}.jsonl")):
+            row = decode(line)
+            row["index"] = index
+            yield Document(text=row.pop("text"), id=row.pop("id"), metadata=row)

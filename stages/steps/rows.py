@@ -1,4 +1,4 @@
-"""How rows travel: records as datatrove documents, read by byte ranges, kept on disk in sorted runs that are merged in order.
+"""How rows travel: records as datatrove documents between steps, orjson lines in scratch, and sorted runs that are merged in order.
 
 The order of everything is (use, source, id): rows of `use: test` first, then `train`, then `corpus`. Nothing here holds
 more than one run (`RUN_BYTES`) in memory.
@@ -7,16 +7,19 @@ more than one run (`RUN_BYTES`) in memory.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from datatrove.data import Document
+import orjson
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 
 from conf.schema import Pii
-from stages.files import canonical, read_jsonl
 from stages.pii import pseudonym, redact
 from stages.records import Record
 
@@ -24,13 +27,40 @@ Row = dict[str, Any]
 USES = ("test", "train", "corpus", "benchmark")
 RUN_BYTES = 8_000_000
 FAN_IN = 64
+SCRATCH = ("use", "split", "index")
+"""What a row carries between steps and no output holds."""
 STRINGS = tuple(field.name for field in fields(Record) if field.type == "str")
+OTHERS = tuple(name for name in STRINGS if name not in ("id", "text"))
+LONG_NUMBER = re.compile(rb"[0-9]{19}")
+"""What orjson may read as a float because it does not fit into 64 bits."""
+CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
+"""As `stages.files.canonical` on one line; one encoder for all rows."""
+
+
+def encode(value: object) -> bytes:
+    """A value as JSON for scratch."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:  # a whole number of more than 64 bits, in `meta`
+        return CANONICAL.encode(value).encode()
+
+
+def decode(line: bytes) -> Any:
+    """What `encode` wrote, or `publishable`."""
+    return json.loads(line) if LONG_NUMBER.search(line) else orjson.loads(line)
+
+
+def publishable(row: Row) -> bytes:
+    """The row as a line of an output."""
+    return f"{CANONICAL.encode(row)}\n".encode()
 
 
 def to_document(row: Row, use: str) -> Document:
     """A row as a document; `use` goes with it."""
-    metadata = {field: row.get(field, "") for field in STRINGS if field not in ("id", "text")}
-    return Document(text=row.get("text", ""), id=row["id"], metadata={**metadata, "meta": row.get("meta", {}), "use": use})
+    get = row.get
+    metadata = {field: get(field, "") for field in OTHERS}
+    metadata["meta"], metadata["use"] = get("meta", {}), use
+    return Document(text=get("text", ""), id=row["id"], metadata=metadata)
 
 
 def to_row(document: Document) -> Row:
@@ -38,48 +68,34 @@ def to_row(document: Document) -> Row:
     return {"id": document.id, "text": document.text, "messages": [], **document.metadata}
 
 
-def key(row: Row) -> tuple[int, str, str]:
-    """What rows are ordered by."""
-    return USES.index(row["use"]), row["source"], row["id"]
-
-
-def name(row: Row) -> str:
-    """The row for people: `source/id`."""
-    return f"{row['source']}/{row['id']}"
-
-
 class Runs:
-    """Writes rows as sorted files of at most `RUN_BYTES`; `merged` reads them back as one sequence."""
+    """Writes lines as sorted files of about `RUN_BYTES`; `merged` reads them back as one sequence."""
 
-    def __init__(self, folder: Path, prefix: str, by: Callable[[Row], Any]) -> None:
-        """Args: folder: where. prefix: unique among the writers of the folder. by: sort key of a row."""
-        self.folder, self.prefix, self.by = folder, prefix, by
-        self.rows: list[Row] = []
+    def __init__(self, folder: Path, prefix: str) -> None:
+        """Args: folder: where. prefix: unique among the writers of the folder."""
+        self.folder, self.prefix = folder, prefix
+        self.lines: list[tuple[Any, bytes]] = []
         self.bytes = self.written = 0
 
-    def add(self, row: Row) -> None:
-        """Keep a row."""
-        self.rows.append(row)
-        self.bytes += 200 + sum(len(v) for v in row.values() if isinstance(v, str))
+    def add(self, key: Any, line: bytes) -> None:
+        """Keep a line. Args: key: what it is sorted by. line: it, with its end."""
+        self.lines.append((key, line))
+        self.bytes += 200 + len(line)
         if self.bytes > RUN_BYTES:
             self.close()
 
     def close(self) -> None:
         """Write what is still in memory."""
-        if self.rows:
-            write_run(self.folder / f"{self.prefix}-{self.written:06d}.jsonl", sorted(self.rows, key=self.by))
-            self.rows, self.bytes, self.written = [], 0, self.written + 1
+        if self.lines:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lines.sort(key=lambda line: line[0])
+            with (self.folder / f"{self.prefix}-{self.written:06d}.jsonl").open("wb") as file:
+                file.writelines(line for _, line in self.lines)
+            self.lines, self.bytes, self.written = [], 0, self.written + 1
 
 
-def write_run(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as compact JSONL."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(canonical(row, indent=None) for row in rows)
-
-
-def merged(folder: Path, by: Callable[[Row], Any]) -> Iterator[Row]:
-    """All rows of a folder's runs in order, equal ones in that of the runs' names; more than `FAN_IN` files are never open at once."""
+def merged(folder: Path, by: Callable[..., Any]) -> Iterator[bytes]:
+    """All lines of a folder's runs in order, equal ones in that of the runs' names; more than `FAN_IN` files are never open at once."""
     runs = sorted(folder.glob("*.jsonl"))
     for level in count():
         if len(runs) <= FAN_IN:
@@ -87,14 +103,21 @@ def merged(folder: Path, by: Callable[[Row], Any]) -> Iterator[Row]:
         groups = [runs[at : at + FAN_IN] for at in range(0, len(runs), FAN_IN)]
         runs = [folder / f"merged-{level}-{number:06d}.jsonl" for number in range(len(groups))]
         for run, group in zip(runs, groups, strict=True):
-            write_run(run, heapq.merge(*(read_jsonl(piece) for piece in group), key=by))
+            with run.open("wb") as file:
+                file.writelines(heapq.merge(*map(read_lines, group), key=by))
             for piece in group:
                 piece.unlink()
-    yield from heapq.merge(*(read_jsonl(run) for run in runs), key=by)
+    yield from heapq.merge(*map(read_lines, runs), key=by)
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, with their ends."""
+    with path.open("rb") as file:
+        yield from file
 
 
 class Dropped:
-    """Keeps dropped rows with their reason, and without personal data; datatrove's filters write to it as `exclusion_writer`."""
+    """Keeps dropped rows with their reason, and without personal data."""
 
     def __init__(self, folder: Path, step: str, pii: Pii) -> None:
         """Args: folder: of the runs of dropped rows. step: which filter writes. pii: what is redacted."""
@@ -102,7 +125,7 @@ class Dropped:
         self.runs: dict[int, Runs] = {}
 
     def __enter__(self) -> Dropped:
-        """Datatrove's filters open their writer."""
+        """Use it as a context: leaving it writes what is left."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,20 +134,41 @@ class Dropped:
             runs.close()
         self.runs = {}
 
-    def write(self, document: Document, rank: int = 0) -> None:
-        """Keep one document; its reason is in the metadata, as datatrove puts it there."""
-        row = to_row(document)
-        self.add(row, row.pop("filter_reason"), row.pop("of", ""), rank)
-
     def add(self, row: Row, reason: str, of: str = "", rank: int = 0) -> None:
         """Keep one row. Args: reason: which rule. of: the row that is kept instead, if it is a repeat."""
         kept = {**redacted(row, self.pii), "reason": f"{reason} of {of}" if of else reason}
-        self.runs.setdefault(rank, Runs(self.folder, f"{self.step}-{rank:05d}", by=dropped_key)).add(kept)
+        kept = {name: value for name, value in kept.items() if name not in SCRATCH}
+        self.runs.setdefault(rank, Runs(self.folder, f"{self.step}-{rank:05d}")).add(dropped_key(kept), publishable(kept))
 
 
 def dropped_key(row: Row) -> tuple[str, str, str, str]:
     """What dropped rows are ordered by."""
     return row["source"], row["id"], row["reason"], row["text"]
+
+
+class Filter(PipelineStep):
+    """Drops documents for a reason. (Datatrove's base keeps running variances of each document's length and time: more work than most of our rules.)"""
+
+    type = "FILTER"
+
+    def __init__(self, dropped: Dropped) -> None:
+        """Args: dropped: takes what is dropped."""
+        super().__init__()
+        self.dropped = dropped
+
+    def reason(self, doc: Document) -> str | None:
+        """Why the row is dropped; None keeps it."""
+        raise NotImplementedError
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """Yield what is kept."""
+        with self.dropped:
+            for doc in data:
+                if (reason := self.reason(doc)) is None:
+                    yield doc
+                else:
+                    row = to_row(doc)
+                    self.dropped.add(row, reason, row.pop("of", ""), rank)
 
 
 def redacted(row: Row, pii: Pii) -> Row:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any
 
+import orjson
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from conf.errors import DataError
-from stages.steps.rows import STRINGS, Row, to_document
+from stages.steps.rows import LONG_NUMBER, STRINGS, Row, to_document
 from stages.steps.tally import write_tally
 
 
@@ -73,13 +74,31 @@ def parse(line: bytes) -> Row:
     """
     if not line.endswith(b"\n"):
         raise ValueError("the file ends in the middle of a line")
-    text = line.decode("utf-8")
-    row = DECODER.decode(text)
+    try:
+        row = None if LONG_NUMBER.search(line) else orjson.loads(line)
+    except orjson.JSONDecodeError:  # the other parser says why, or knows better
+        row = None
+    if row is None:
+        row = parse_slowly(line)
     if not isinstance(row, dict) or not row.get("id") or not all(isinstance(row.get(field, ""), str) for field in STRINGS):
         raise ValueError(f"no record: an object with an id and texts in {', '.join(STRINGS)}")
+    return row
+
+
+def parse_slowly(line: bytes) -> Any:
+    """A JSON value that orjson does not take: half a surrogate pair, a number of more than 64 bits.
+
+    Raises:
+        ValueError: it is no JSON, with the reason.
+    """
+    text = line.decode("utf-8")
+    try:
+        value = DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if "\\ud" in text or "\\uD" in text:
-        row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    return cast(Row, row)
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return value
 
 
 def refuse(constant: str) -> None:
@@ -87,7 +106,15 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse)
+def finite(number: str) -> float:
+    """A fraction, if it is no larger than a float can be."""
+    value = float(number)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{number} is too large a number")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse, parse_float=finite)
 
 
 def line_number(path: Path, offset: int) -> int:
