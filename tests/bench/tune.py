@@ -7,8 +7,8 @@ noisy machine disturbs both alike. Theirs is `trl.SFTTrainer` with `SFTConfig` a
 have the same number. The loss is computed by one function on the same validation rows from the base in float32 and the saved adapter,
 in nats per token of the answers; both are equal when ours is at most the spread of theirs over the seeds above it.
 
-A second table builds ours up from TRL as it comes, part by part. Most is due to `gradient_checkpointing`, which TRL turns on: it
-computes the forward pass twice, and carries gradients through the frozen blocks to the embedding.
+A second table builds ours up from TRL as it comes, part by part. The first part anyone can have: `gradient_checkpointing`, which TRL
+turns on, computes the forward pass twice and carries gradients through the frozen blocks down to the embedding.
 
 Tried, and no help (two cores with avx512_bf16, shared):
 - bf16=False in TRL: 0.8 times its tokens a second.
@@ -18,7 +18,6 @@ For the model of half a million parameters that `tiny` makes, a pretraining step
 - Eager attention: 74 ms. AdamW fused, which is transformers' default: 74 ms. bfloat16: 66 ms, where the CPU has it. A second thread
   beside another process: 178 ms.
 - Half the tuning steps, of 16 rows for 8, at 1.5 times the learning rate: 0.59 and 0.69 of the intents for 0.73 and 0.84 (two seeds).
-- Half the pretraining steps (60 for 120): as many intents right, or more. That is what conf/select/made.yaml now says.
 """
 
 from __future__ import annotations
