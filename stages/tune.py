@@ -98,10 +98,19 @@ def save_adapter(trainer: Trainer, folder: Path, dtype: Dtype) -> None:
 
 
 def draw(history: Sequence[Mapping[str, float]], folder: Path) -> None:
-    """Write the curves with DVCLive, one TSV each, from the trainer's own history, which a resumed run continues."""
-    from dvclive import Live
+    """Write the curves with DVCLive, one TSV each, from the trainer's own history, which a resumed run continues.
 
-    with Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False) as live:
+    Raises:
+        DataError: the repository has no commit, without which DVCLive does not start.
+    """
+    from dvclive import Live
+    from scmrepo.exceptions import SCMError
+
+    try:
+        live = Live(str(folder), dvcyaml=None, report=None, save_dvc_exp=False)
+    except SCMError as error:
+        raise DataError(f"DVCLive cannot draw the training curves here: {error}", "commit first: `git add -A && git commit`") from error
+    with live:
         for point in history:
             live.step = int(point["step"])
             for key, name in CURVES.items():
@@ -140,6 +149,7 @@ def main() -> None:
 
     made_on = platform.record("tune", ("select",), "torch")
     folder = SCRATCH / digest(settings)
+    draw([], folder / "live")  # what keeps DVCLive from starting stops here, before anything is trained
     with quiet():
         trainer = build(settings, BASE, [split_turns(r, chat) for r in train], [split_turns(r, chat) for r in validation], folder)
         checkpoint = last_whole(folder)

@@ -6,6 +6,7 @@ not finite, a base without a fast tokenizer, an end token or a chat template.
 
 from __future__ import annotations
 
+import functools
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,21 @@ def quiet() -> Iterator[None]:
         enable_progress_bars() if mapping else None
 
 
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once: it does so anew for tokenizer, configuration and weights, and lists the names anew for each module."""
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, call in kept.items():
+        setattr(gguf, name, functools.cache(call))
+    try:
+        yield
+    finally:
+        for name, call in kept.items():
+            setattr(gguf, name, call)
+
+
 def load_gguf(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file as a plain float32 model: a model as loaded from GGUF can be neither saved nor tuned.
 
@@ -96,7 +112,7 @@ def load_gguf(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise ModelError(f"{len(files)} files for a GGUF base: {', '.join(f.name for f in files) or 'none'}", "name exactly one file in the candidate's origin")
     folder, name = files[0].parent, files[0].name
     try:
-        with quiet():
+        with quiet(), parsed_once():
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
             packed, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -113,9 +129,7 @@ def load_gguf(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if pre_tokenizer(files[0]) == SMOLLM:
         split_digits(tokenizer)
     with quiet():
-        plain = type(packed)(plain_config(packed.config))
-        plain.load_state_dict(packed.state_dict())
-        plain.tie_weights()
+        plain = type(packed).from_pretrained(None, config=plain_config(packed.config), state_dict=packed.state_dict(), dtype=torch.float32)
     plain.generation_config = packed.generation_config
     return plain, tokenizer
 

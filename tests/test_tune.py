@@ -276,6 +276,16 @@ def test_a_run_that_diverges_is_told(repository: Path) -> None:
     assert not (OUT / "adapter").exists() and not (OUT / "summary.json").exists()
 
 
+def test_a_repository_without_a_commit_stops_before_training(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stages.training
+
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=repository, check=True)
+    monkeypatch.setattr(stages.training, "build", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(DataError, match=r"DVCLive.*\n.*commit first"):
+        tune.main()
+
+
 def test_early_stopping_ends_the_run_and_keeps_the_best(repository: Path) -> None:
     impatient = replace(
         SETTINGS, lora=replace(SETTINGS.lora, dtype="float32"), steps=200, learning_rate=1.0, evaluate_every=1, early_stopping=EarlyStopping(patience=2)

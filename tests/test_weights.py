@@ -10,39 +10,14 @@ import pytest
 
 from conf.errors import ModelError
 from stages.files import sha256
-from stages.pretrain import train_tokenizer
 from stages.weights import clean
-
-TEXTS = ["Where is my order 4711?", "I want my money back, please.", "The tent is torn and one pole is missing."] * 20
+from tests.models import tiny_llama
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as a transformers repository, its embedding tied."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(TEXTS, 300, 64)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """A transformers repository, its embedding tied."""
+    return tiny_llama(tmp_path_factory.mktemp("base"), tied=True, digits=True)
 
 
 def write_gguf(base: Path, path: Path) -> None:
@@ -54,15 +29,16 @@ def write_gguf(base: Path, path: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     merges = json.loads((base / "tokenizer.json").read_text())["model"]["merges"]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(300)
+    shape = model.config
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))])
@@ -91,7 +67,7 @@ def write_gguf(base: Path, path: Path) -> None:
             _, _, block, *rest = name.split(".")
             part = ".".join(rest[:-1])
             if part in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = 4 if part.endswith("q_proj") else 2
+                heads = shape.num_attention_heads if part.endswith("q_proj") else shape.num_key_value_heads
                 value = value.reshape(heads, 2, value.shape[0] // heads // 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
             writer.add_tensor(f"blk.{block}.{names[part]}.weight", np.ascontiguousarray(value))
         else:
@@ -112,7 +88,8 @@ def copy(base: Path, out: Path) -> list[Path]:
 
 def test_safetensors_become_a_clean_folder(base: Path, tmp_path: Path) -> None:
     counted = clean(sorted(base.iterdir()), "safetensors", "bfloat16", tmp_path / "out")
-    assert counted == 300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 64) + 32
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    assert counted == vocabulary * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 64) + 32
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
@@ -138,7 +115,9 @@ def test_gguf_gives_the_logits_and_tokens_of_the_original(base: Path, tmp_path: 
     assert ours.lm_head.weight.data_ptr() == ours.model.embed_tokens.weight.data_ptr(), "the head must stay tied"
     tokens, known = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", base))
     text = "Order  4711: where is it?\n\tThanks  42"
-    assert tokens.encode(text) == known.encode(text), "digits must be split as in training"
+    assert tokens.encode(text) == known.encode(text)
+    split, wanted = (t.backend_tokenizer.pre_tokenizer.pre_tokenize_str("tent 4711") for t in (tokens, known))
+    assert [piece for piece, _ in split] == [piece for piece, _ in wanted] == ["tent", "Ġ", "4", "7", "1", "1"], "digits are split as in training"
     talk = [{"role": "user", "content": "Hello"}]
     assert tokens.apply_chat_template(talk, tokenize=False) == known.apply_chat_template(talk, tokenize=False)
 
