@@ -45,6 +45,17 @@ def summary(as_json: Json = False) -> None:
     show(as_json)
 
 
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="Revision that the configuration is compared with.")] = "HEAD",
+    as_json: Json = False,
+) -> None:
+    """Show what `dvc repro` would do and why, what it costs, and what it means for the gate and for production. Runs nothing."""
+    from stages.operate.plan import show
+
+    show(base, as_json)
+
+
 def main() -> None:
     """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
     try:
