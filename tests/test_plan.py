@@ -19,88 +19,16 @@ from stages.operate.outlook import StageOutlook, outlook
 from stages.operate.plan import production, recorded_costs
 from stages.operate.rules import rule_changes
 from tests.conftest import ROOT
-
-PIPELINE = """
-stages:
-  a: {cmd: "python step.py a", deps: [raw.txt, step.py], params: [a], outs: [out/a]}
-  b: {cmd: "python step.py b", deps: [out/a/x, code_b.txt], params: [b], outs: [out/b]}
-  c: {cmd: "python step.py c", deps: [out/a, code_c.txt], params: [c], outs: [out/c], metrics: [{out/m.json: {cache: false}}]}
-  d: {cmd: "python step.py d", deps: [out/b/x, out/c], params: [d], outs: [out/d]}
-  e: {cmd: "python step.py e", deps: [out/d, out/m.json], params: [{params.yaml: null}], outs: [out/e]}
-"""
-STEP = """
-import os, pathlib, sys
-name = sys.argv[1]
-with open(os.environ["RAN"], "a") as log:
-    log.write(name + "\\n")
-values = dict(line.split(": ") for line in open("params.yaml").read().splitlines())
-inputs = {"a": ["raw.txt"], "b": ["out/a/x", "code_b.txt"], "c": ["out/a/y", "code_c.txt"], "d": ["out/b/x", "out/c/x"], "e": ["out/d/x", "out/m.json"]}[name]
-text = "".join(open(path).read().split("\\n")[0] for path in inputs) + str(int(values[name]) // 2)  # second lines and odd values change nothing
-out = pathlib.Path("out", name)
-out.mkdir(parents=True)
-(out / "x").write_text(text)
-(out / "y").write_text(text[::-1])
-if name == "c":
-    pathlib.Path("out/m.json").write_text(str(len(text)))
-"""
-
-
-class Toy:
-    """A repository with five stages whose commands note that they ran."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.log = folder, folder.parent / "ran"
-        folder.mkdir()
-        (folder / "dvc.yaml").write_text(PIPELINE)
-        (folder / "step.py").write_text(STEP)
-        for name in ("raw", "code_b", "code_c"):
-            (folder / f"{name}.txt").write_text(f"{name}\nsecond\n")
-        self.set({name: 4 for name in "abcde"})
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("RAN", str(self.log))
-        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        subprocess.run(["git", "init", "-q"], check=True)
-        subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
-
-    def set(self, values: dict[str, int]) -> None:
-        (self.folder / "params.yaml").write_text(yaml.safe_dump(values))
-
-    @property
-    def values(self) -> dict[str, int]:
-        return yaml.safe_load((self.folder / "params.yaml").read_text())
-
-    def look(self) -> dict[str, StageOutlook]:
-        return {stage.stage: stage for stage in outlook(self.folder, self.values)}
-
-    def repro(self) -> set[str]:
-        from dvc.repo import Repo
-
-        self.log.write_text("")
-        with Repo(".") as repo:
-            repo.reproduce()
-        return set(self.log.read_text().split())
-
-    def mutate(self, choose: random.Random) -> str:
-        """Change a value, a file, its second line, an output, or the cache."""
-        kind = choose.choice(["value", "value", "code", "second line", "output", "cache"])
-        text = self.folder / f"{choose.choice(['raw', 'code_b', 'code_c'])}.txt"
-        match kind:
-            case "value":
-                self.set({**self.values, choose.choice("abcde"): choose.randrange(4, 8)})
-            case "code":
-                text.write_text(f"{text.stem}{choose.randrange(3)}\nsecond\n")
-            case "second line":
-                text.write_text(text.read_text().split("\n")[0] + f"\n{choose.randrange(3)}\n")
-            case "output":
-                shutil.rmtree(self.folder / "out" / choose.choice("abcde"), ignore_errors=True)
-            case "cache" if choose.random() < 0.4:
-                choose.choice(sorted(p for p in (self.folder / ".dvc/cache/files").rglob("*") if p.is_file())).unlink()
-        return kind
+from tests.toy import Toy
 
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     yield Toy(tmp_path / "toy", monkeypatch)
+
+
+def look(toy: Toy) -> dict[str, StageOutlook]:
+    return {stage.stage: stage for stage in outlook(toy.folder, toy.values)}
 
 
 def told(stages: dict[str, StageOutlook], outcome: str) -> set[str]:
@@ -109,10 +37,10 @@ def told(stages: dict[str, StageOutlook], outcome: str) -> set[str]:
 
 def hold(toy: Toy, seed: int, mutations: int) -> None:
     choose = random.Random(seed)
-    assert told(toy.look(), "runs") == toy.repro() == set("abcde")
+    assert told(look(toy), "runs") == toy.repro() == set("abcde")
     for number in range(mutations):
         kinds = [toy.mutate(choose) for _ in range(choose.randrange(1, 4))]
-        stages = toy.look()
+        stages = look(toy)
         ran = toy.repro()
         where = f"seed {seed}, mutation {number} ({', '.join(kinds)}): {[(s.stage, s.outcome, s.reasons) for s in stages.values()]}; ran {sorted(ran)}"
         assert told(stages, "runs") <= ran, where
@@ -133,7 +61,7 @@ def test_it_says_why(toy: Toy) -> None:
     toy.repro()
     toy.set({**toy.values, "b": 6})
     (toy.folder / "code_c.txt").write_text("another\n")
-    stages = toy.look()
+    stages = look(toy)
     assert [(d.key, d.before, d.after) for d in stages["b"].params] == [("b", 4, 6)]
     assert stages["c"].reasons == ["code_c.txt changed"]
     assert stages["a"].outcome == "unchanged"
@@ -147,14 +75,13 @@ def test_what_ran_before_is_restored_and_what_is_gone_is_fetched(toy: Toy) -> No
     toy.set({**toy.values, "d": 6})
     toy.repro()
     toy.set({**toy.values, "d": 4})
-    assert told(toy.look(), "restored") == {"d", "e"}
+    assert told(look(toy), "restored") == {"d", "e"}
     shutil.rmtree(toy.folder / ".dvc/cache")
     shutil.rmtree(toy.folder / "out")
-    assert told(toy.look(), "runs"), "no cache and no remote: made anew"
-    subprocess.run(["git", "checkout", "-q", "--", "."], check=False)
-    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", str(toy.folder.parent / "store")], check=True)
+    assert told(look(toy), "runs"), "no cache and no remote: made anew"
+    toy.dvc("remote", "add", "-q", "-d", "store", str(toy.folder.parent / "store"))
     toy.set({**toy.values, "d": 6})
-    stages = toy.look()
+    stages = look(toy)
     assert told(stages, "restored") == set("abcde"), "as on a fork's pull request: the lock and the graph are enough"
     assert all(stage.fetch > 0 for stage in stages.values())
 
