@@ -53,6 +53,32 @@ def summary(as_json: Json = False) -> None:
     show(as_json)
 
 
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="Revision that the configuration is compared with.")] = "HEAD",
+    as_json: Json = False,
+) -> None:
+    """Show what `dvc repro` would do and why, what it costs, and what it means for the gate and for production. Runs nothing."""
+    from stages.operate.plan import show
+
+    show(base, as_json)
+
+
+@app.command()
+def rollback(
+    revisions: Annotated[list[str] | None, typer.Argument(help="Commits or ranges (`A..B`) to take back; without any, HEAD.")] = None,
+    to: Annotated[str | None, typer.Option(help="Bring back the whole state of this tag or commit instead.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Prove that it can be done, and change nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring an earlier state back in one commit, weights included, proven before it is made. No stage runs."""
+    if revisions and to:
+        raise ConfigError(f"--to {to} and {' '.join(revisions)} exclude each other", "name what to take back, or where to go back to")
+    from stages.operate.rollback import show
+
+    show(revisions or (), to, dry_run, as_json)
+
+
 def main() -> None:
     """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
     try:

@@ -1,0 +1,42 @@
+"""What the verbs ask git: a revision's commit, and a file as it was there."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from conf.errors import ConfigError
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git here.
+
+    Raises:
+        ConfigError: git is not installed.
+    """
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError("git is not installed", "install git: a revision is what every verb speaks of") from error
+
+
+def commit(revision: str) -> str:
+    """The full digest of a revision.
+
+    Raises:
+        ConfigError: this is no git repository, or it has no such commit; a shallow clone is told as such.
+    """
+    if git("rev-parse", "--git-dir").returncode:
+        raise ConfigError(f"{Path.cwd()} is no git repository", "run it in a clone")
+    found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if found.returncode:
+        shallow = git("rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+        remedy = "this clone is shallow: `git fetch --unshallow`" if shallow else "`git fetch`, or name a branch, tag or commit that `git log --all` shows"
+        raise ConfigError(f"there is no commit {revision!r}", remedy)
+    return found.stdout.strip()
+
+
+def file_at(revision: str, path: str) -> str | None:
+    """A file's text at a revision; None: it was not there."""
+    found = git("show", f"{revision}:{path}")
+    return found.stdout if found.returncode == 0 else None

@@ -1,0 +1,110 @@
+"""The objects that a dvc.lock names, and where they are: in the cache, on the remote, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from conf.errors import DataError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_data.hashfile.hash_info import HashInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One output of a lock, or one file of an output that is a folder."""
+
+    path: str
+    """Relative to the repository root."""
+    md5: str
+    """DVC's digest; ends in `.dir` for the listing of a folder."""
+
+
+def outputs(lock: str, pipeline: str) -> list[Item]:
+    """The outputs that DVC keeps: those of a lock, less those with `cache: false`, which git keeps.
+
+    Args:
+        lock: text of dvc.lock.
+        pipeline: text of the dvc.yaml beside it.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    try:
+        stages = yaml.safe_load(pipeline)["stages"]
+        in_git = {path for stage in stages.values() for path in _in_git(stage)}
+        locked = yaml.safe_load(lock)["stages"]
+        return [Item(path=out["path"], md5=out["md5"]) for stage in locked.values() for out in stage.get("outs", []) if out["path"] not in in_git]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"dvc.lock or dvc.yaml of that revision cannot be read: {error}", "name another revision") from error
+
+
+def _in_git(stage: Any) -> Iterator[str]:
+    for kind in ("outs", "metrics", "plots"):
+        for out in stage.get(kind, []):
+            if isinstance(out, dict):
+                yield from (path for path, flags in out.items() if isinstance(flags, dict) and flags.get("cache") is False)
+
+
+class Store:
+    """Cache and remote of a repository."""
+
+    def __init__(self, repo: Repo) -> None:
+        """The remote is the default one, if there is any."""
+        self.repo = repo
+        self.cache: HashFileDB = repo.cache.local
+        name = repo.config["core"].get("remote")
+        self.remote: HashFileDB | None = repo.cloud.get_remote_odb(None, "fetch") if name else None
+        self.name = name or "no remote is configured"
+
+    def locate(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+        """The objects that only the remote has, and those that are nowhere; folders are looked into.
+
+        A file of the cache counts only if its content still has its digest: a damaged one is removed by DVC, and fetched.
+        """
+        absent = [item for item in items if not self.whole(item.md5)]
+        listed = self.remote_has([item.md5 for item in absent])
+        far, gone = [i for i in absent if i.md5 in listed], [i for i in absent if i.md5 not in listed]
+        inner = [file for item in items if item.md5.endswith(".dir") and item not in gone for file in self.files(item)]
+        if inner:
+            more = self.locate(inner)
+            far, gone = far + more[0], gone + more[1]
+        return far, gone
+
+    def whole(self, md5: str) -> bool:
+        """Whether the cache has an object, undamaged."""
+        from dvc_objects.errors import ObjectFormatError
+
+        try:
+            self.cache.check(md5)
+        except (FileNotFoundError, ObjectFormatError):
+            return False
+        return True
+
+    def remote_has(self, digests: list[str]) -> set[str]:
+        """Which of the objects the remote has."""
+        return set(self.remote.list_oids_exists(digests)) if self.remote and digests else set()
+
+    def files(self, item: Item) -> Iterator[Item]:
+        """The files of a folder, from its listing in the cache or on the remote."""
+        from dvc_data.hashfile.tree import Tree
+
+        tree = Tree.load(self.cache if self.whole(item.md5) or not self.remote else self.remote, digest(item.md5))
+        yield from (Item(path="/".join((item.path, *keys)), md5=str(found.value)) for keys, _, found in tree if found)
+
+    def fetch(self, items: Sequence[Item]) -> None:
+        """Bring objects from the remote into the cache."""
+        self.repo.cloud.pull([digest(item.md5) for item in items])
+
+
+def digest(md5: str) -> HashInfo:
+    """In DVC's form."""
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    return HashInfo("md5", md5)

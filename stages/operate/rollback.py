@@ -1,0 +1,202 @@
+"""`trunkline rollback`: bring an earlier state back, weights included, in one commit that is proven before it is made.
+
+Configuration, code, params.yaml and dvc.lock go back together, for git holds them in one tree. Before the commit, every object that
+the tree's dvc.lock names is looked up in the cache and on the remote; one that is nowhere stops the rollback. No stage runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from conf.errors import ConfigError, DataError
+from stages.operate.git import commit, file_at, git
+from stages.operate.objects import Item, Store, outputs
+
+SHOWN = 5
+"""Objects or files named in a message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """What a rollback does."""
+
+    tree: str
+    """Git's digest of the state that comes back."""
+    message: str
+    """Of the commit."""
+    files: list[str]
+    """What changes in git, as `git diff --stat` shows it."""
+    fetch: int
+    """Objects that only the remote has."""
+    objects: int
+    """Outputs that the lock names."""
+    commit: str | None = None
+    """The commit made; null: a dry run."""
+
+
+def refuse_dirty() -> None:
+    """Stop where uncommitted changes would be mixed into the rollback.
+
+    Raises:
+        ConfigError: a tracked file has changed.
+    """
+    if changed := git("status", "--porcelain", "--untracked-files=no").stdout.splitlines():
+        names = ", ".join(line[3:] for line in changed[:SHOWN])
+        raise ConfigError(f"{len(changed)} tracked files have uncommitted changes ({names})", "commit them, or put them aside with `git stash`")
+
+
+@contextmanager
+def spare_tree() -> Iterator[Path]:
+    """A second work tree of HEAD in a temporary folder, so that a conflict leaves this one as it is."""
+    with tempfile.TemporaryDirectory(prefix="trunkline-rollback-") as folder:
+        path = Path(folder) / "tree"
+        made = git("worktree", "add", "--quiet", "--detach", str(path), "HEAD")
+        if made.returncode:
+            raise DataError(f"git cannot make a second work tree: {made.stderr.strip()}", "free some disk space, or see `git worktree list`")
+        try:
+            yield path
+        finally:
+            git("worktree", "remove", "--force", str(path))
+
+
+def expand(revisions: Sequence[str]) -> list[str]:
+    """Commits to take back, the newest first; `A..B` names several.
+
+    Raises:
+        ConfigError: a revision does not exist, or is not part of HEAD.
+    """
+    found: list[str] = []
+    for revision in revisions:
+        if ".." in revision:
+            for end in revision.split(".."):
+                commit(end)
+            found += git("rev-list", revision).stdout.split()
+        else:
+            found.append(commit(revision))
+    order = git("rev-list", "--topo-order", "HEAD").stdout.split()
+    if strangers := [one for one in found if one not in order]:
+        raise ConfigError(f"{strangers[0][:12]} is not part of HEAD", "name a commit that `git log` shows here")
+    return sorted(set(found), key=order.index)
+
+
+def reverted(commits: Sequence[str]) -> str:
+    """The tree without these commits; a merge is taken back to its first parent.
+
+    Raises:
+        DataError: later commits changed the same lines.
+    """
+    with spare_tree() as path:
+        for one in commits:
+            merge = len(git("rev-list", "--parents", "-n1", one).stdout.split()) > 2
+            done = git("-C", str(path), "revert", "--no-commit", *(["-m", "1"] if merge else []), one)
+            if done.returncode:
+                files = git("-C", str(path), "diff", "--name-only", "--diff-filter=U").stdout.split()
+                raise DataError(
+                    f"{one[:12]} cannot be taken back alone: later commits changed the same lines of {', '.join(files) or done.stderr.strip()}",
+                    f"take those back too (`trunkline rollback {one[:12]}^..HEAD`), or go back whole: `trunkline rollback --to {one[:12]}^`",
+                )
+        return git("-C", str(path), "write-tree").stdout.strip()
+
+
+def subject(revision: str) -> str:
+    """First line of a commit's message."""
+    return git("log", "-1", "--format=%s", revision).stdout.strip()
+
+
+def prepare(revisions: Sequence[str], to: str | None) -> tuple[str, str]:
+    """The tree that comes back, and the commit's message.
+
+    Raises:
+        ConfigError: no such revision, or nothing would change.
+        DataError: a conflict.
+    """
+    if to:
+        wanted = commit(to)
+        tree, message = git("rev-parse", f"{wanted}^{{tree}}").stdout.strip(), f'Roll back to {to} "{subject(wanted)}"\n\nThe tree is that of {wanted}.'
+    else:
+        commits = expand(revisions or ["HEAD"])
+        title = f'Revert "{subject(commits[0])}"' if len(commits) == 1 else f"Revert {len(commits)} commits"
+        tree, message = reverted(commits), f"{title}\n\n" + "\n".join(f"This reverts commit {one}." for one in commits)
+    if tree == git("rev-parse", "HEAD^{tree}").stdout.strip():
+        raise ConfigError("there is nothing to roll back: that state is HEAD's", "`git log --oneline` shows what there is")
+    return tree, message
+
+
+def prove(store: Store, tree: str) -> tuple[list[Item], list[Item]]:
+    """The outputs that the tree's lock names, and the objects among them that must be fetched.
+
+    Raises:
+        DataError: there is no lock, or an object is neither in the cache nor on the remote.
+    """
+    lock, pipeline = file_at(tree, "dvc.lock"), file_at(tree, "dvc.yaml")
+    if lock is None or pipeline is None:
+        raise DataError("that state has no dvc.lock: nothing was run there", "roll back to a later one")
+    items = outputs(lock, pipeline)
+    far, gone = store.locate(items)
+    if gone:
+        named = "\n".join(f"  {item.path}  {item.md5}" for item in gone[:SHOWN]) + (f"\n  … and {len(gone) - SHOWN} more" if len(gone) > SHOWN else "")
+        raise DataError(
+            f"{len(gone)} objects of that state are neither in the cache nor on the remote ({store.name}):\n{named}",
+            "fetch them from another clone (`dvc push` there), or roll back to a state whose objects are kept",
+        )
+    return items, far
+
+
+def rollback(revisions: Sequence[str] = (), to: str | None = None, dry_run: bool = False) -> Rollback:
+    """Prove, fetch, commit, restore, verify.
+
+    Args:
+        revisions: commits or ranges to take back; none: HEAD.
+        to: a revision whose whole state comes back, instead.
+        dry_run: prove only.
+
+    Raises:
+        ConfigError, DataError: as the steps above; or what came back is not what the lock names.
+    """
+    from dvc.repo import Repo
+
+    head = commit("HEAD")
+    refuse_dirty()
+    tree, message = prepare(revisions, to)
+    files = git("diff", "--stat=100", head, tree).stdout.rstrip().splitlines()
+    with Repo(".") as repo:
+        store = Store(repo)
+        items, far = prove(store, tree)
+        found = Rollback(tree=tree, message=message, files=files, fetch=len(far), objects=len(items))
+        if dry_run:
+            return found
+        store.fetch(far)
+    made = git("commit-tree", tree, "-p", head, "-m", message)
+    moved = git("merge", "--ff-only", "--quiet", made.stdout.strip()) if made.returncode == 0 else made
+    if moved.returncode:
+        raise DataError(f"git cannot make the commit: {moved.stderr.strip()}", "mend what git says; nothing was changed")
+    with Repo(".") as repo:
+        repo.checkout(force=True)
+        if different := repo.status():
+            raise DataError(f"after the restore, {', '.join(sorted(different))} differ from dvc.lock", "`dvc status` says how; `dvc checkout --force`")
+    return Rollback(**{**asdict(found), "commit": made.stdout.strip()})
+
+
+def show(revisions: Sequence[str] = (), to: str | None = None, dry_run: bool = False, as_json: bool = False) -> None:
+    """Roll back, and print what was done."""
+    found = rollback(revisions, to, dry_run)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(found.message.splitlines()[0], markup=False, style="bold")
+    for line in found.files:
+        console.print(line, markup=False)
+    kept = f"all {found.objects} outputs of its dvc.lock are kept" + (f", {found.fetch} objects of them on the remote only" if found.fetch else "")
+    if found.commit is None:
+        console.print(f"Dry run: {kept}. Nothing was changed.")
+    else:
+        console.print(f"Commit {found.commit[:12]}: {kept}; restored and verified, no stage ran. Next: git push")

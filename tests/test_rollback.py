@@ -1,0 +1,136 @@
+"""`trunkline rollback`: what comes back is proven before the commit, restored without running, and what cannot be is told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError, DataError
+from stages.operate.rollback import rollback
+from tests.toy import Toy
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
+    """Three commits: `good`, `other` (another value of e), `bad` (another of b)."""
+    toy = Toy(tmp_path / "toy", monkeypatch)
+    toy.commit("Good")
+    toy.git("tag", "good")
+    toy.set({**toy.values, "e": 6})
+    toy.commit("Other")
+    toy.git("tag", "other")
+    toy.set({**toy.values, "b": 6})
+    toy.commit("Bad")
+    yield toy
+
+
+def state(toy: Toy) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(toy.folder)): p.read_bytes()
+        for name in ("out", "dvc.lock", "params.yaml")
+        for p in [toy.folder / name, *(toy.folder / name).rglob("*")]
+        if p.is_file()
+    }
+
+
+def test_the_last_commit_is_taken_back_with_its_outputs_and_no_stage_runs(toy: Toy) -> None:
+    toy.git("checkout", "-q", "other")
+    toy.dvc("checkout")
+    earlier = state(toy)
+    toy.git("checkout", "-q", "main")
+    toy.dvc("checkout")
+    assert state(toy) != earlier
+    toy.log.write_text("")
+    done = rollback()
+    assert toy.log.read_text() == ""
+    assert state(toy) == earlier
+    assert toy.git("rev-parse", "HEAD") == done.commit
+    assert toy.git("log", "-1", "--format=%s") == 'Revert "Bad"'
+    assert toy.git("rev-parse", "HEAD^{tree}") == toy.git("rev-parse", "other^{tree}")
+    assert toy.repro() == set()
+
+
+def test_a_tag_comes_back_whole(toy: Toy) -> None:
+    rollback(to="good")
+    assert toy.git("rev-parse", "HEAD^{tree}") == toy.git("rev-parse", "good^{tree}")
+    assert toy.git("rev-list", "--count", "HEAD") == "4", "one commit more: nothing of the history is gone"
+    assert toy.repro() == set()
+
+
+def test_several_commits_are_taken_back_in_one(toy: Toy) -> None:
+    rollback(["good..HEAD"])
+    assert toy.git("log", "-1", "--format=%s") == "Revert 2 commits"
+    assert toy.git("rev-parse", "HEAD^{tree}") == toy.git("rev-parse", "good^{tree}")
+
+
+def test_a_merge_is_taken_back_to_its_first_parent(toy: Toy) -> None:
+    toy.git("checkout", "-q", "-b", "side", "other")
+    (toy.folder / "code_c.txt").write_text("side\n")
+    toy.commit("Side")
+    toy.git("checkout", "-q", "-B", "main", "other")
+    toy.git("merge", "-q", "--no-ff", "-m", "Merge side", "side")
+    toy.dvc("checkout")
+    rollback()
+    assert toy.git("rev-parse", "HEAD^{tree}") == toy.git("rev-parse", "other^{tree}")
+    assert toy.repro() == set()
+
+
+def test_a_conflict_is_told_and_nothing_changes(toy: Toy) -> None:
+    toy.set({**toy.values, "b": 9})
+    toy.commit("Later")
+    head, before = toy.git("rev-parse", "HEAD"), state(toy)
+    with pytest.raises(DataError, match=r"later commits changed the same lines of .*dvc\.lock") as told:
+        rollback(["HEAD^"])
+    assert "--to" in told.value.remedy
+    assert (toy.git("rev-parse", "HEAD"), state(toy)) == (head, before)
+    assert toy.git("worktree", "list").count("\n") == 0, "the second work tree is gone"
+
+
+def test_what_is_kept_nowhere_is_named_before_anything_changes(toy: Toy) -> None:
+    toy.git("checkout", "-q", "other")
+    listing = next(line.split()[-1] for line in (toy.folder / "dvc.lock").read_text().split("out/b\n")[1].splitlines() if "md5: " in line and ".dir" in line)
+    toy.git("checkout", "-q", "main")
+    (toy.folder / ".dvc/cache/files/md5" / listing[:2] / listing[2:]).unlink()
+    head, before = toy.git("rev-parse", "HEAD"), state(toy)
+    with pytest.raises(DataError, match=rf"out/b  {listing}"):
+        rollback()
+    assert (toy.git("rev-parse", "HEAD"), state(toy)) == (head, before)
+
+
+def test_a_damaged_object_counts_as_absent_and_comes_from_the_remote(toy: Toy) -> None:
+    toy.dvc("remote", "add", "--local", "-d", "store", str(toy.folder.parent / "store"))
+    toy.git("checkout", "-q", "good")
+    toy.dvc("checkout")
+    toy.dvc("push")
+    good = state(toy)
+    toy.git("checkout", "-q", "main")
+    toy.dvc("checkout")
+    shutil.rmtree(toy.folder / ".dvc/cache/files")
+    with pytest.raises(DataError, match="neither in the cache nor on the remote"):
+        rollback(to="other")  # its last stage was never pushed
+    assert rollback(to="good", dry_run=True).fetch > 0
+    assert state(toy) != good
+    rollback(to="good")
+    assert state(toy) == good
+
+
+def test_a_dry_run_changes_nothing(toy: Toy) -> None:
+    head, before = toy.git("rev-parse", "HEAD"), state(toy)
+    found = rollback(dry_run=True)
+    assert found.commit is None
+    assert found.objects == 5
+    assert (toy.git("rev-parse", "HEAD"), state(toy)) == (head, before)
+
+
+def test_what_cannot_be_meant_is_told(toy: Toy) -> None:
+    with pytest.raises(ConfigError, match="nothing to roll back"):
+        rollback(to="HEAD")
+    toy.git("branch", "stranger", toy.git("commit-tree", "HEAD^{tree}", "-m", "Stranger"))
+    with pytest.raises(ConfigError, match="is not part of HEAD"):
+        rollback(["stranger"])
+    toy.set({**toy.values, "a": 7})
+    with pytest.raises(ConfigError, match=r"1 tracked files have uncommitted changes \(params\.yaml\)"):
+        rollback()
