@@ -127,6 +127,8 @@ def sides(scratch: Path) -> tuple[Side, Side]:
         if not folder.exists():
             folder.mkdir(parents=True)
             working_tree(folder, "tiny")
+            for command in (("add", "-A"), ("commit", "-qm", "Use tiny")):
+                subprocess.run(["git", *command], cwd=folder, check=True)
         found.append((folder, environment(folder, scratch / "bytecode")))
     (ours, our_env), (plain, plain_env) = found
     shim = scratch / "bin/python"
