@@ -349,6 +349,17 @@ def test_canonical_text_means_the_same_to_every_reader(value: object) -> None:
     assert yaml.safe_load(text)["value"] == value, "libyaml"
 
 
+@pytest.mark.parametrize(
+    "text", ["1e5", "1e-5", "0o17", "+.5e3", "1:30", "012", "on", "~", "", "=", "<<", ".nan", "2024-01-31", "a\nb", "a: b", "- a", "#", " a", "\t"]
+)
+def test_a_text_that_looks_like_something_else_stays_a_text(text: str) -> None:
+    from ruamel.yaml import YAML
+
+    written = dump({"value": text, "list": [text]})
+    assert YAML(typ="safe", pure=True).load(written) == {"value": text, "list": [text]}, "DVC"
+    assert yaml.safe_load(written) == {"value": text, "list": [text]}, "libyaml"
+
+
 @pytest.mark.parametrize("text", ["1e-5", "on", "012", "1:30", "0o17", "1_000", ".5", "2024-01-31", "{a: b}", "'x'", "- 1\n- on", "~", "a: &x [on]\nb: *x"])
 def test_what_is_not_canonical_is_read_as_dvc_reads_it(text: str, tmp_path: Path) -> None:
     from ruamel.yaml import YAML
