@@ -123,12 +123,12 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "not a mapping": ({"tune/sft.yaml": "- 1\n"}, [r"conf/tune/sft\.yaml: holds a list"]),
     "defaults, not a list": (
         {"experiment/default.yaml": "# @package _global_\ndefaults: {override /tune: lora}\n"},
-        [r"conf/experiment/default\.yaml: defaults: holds a dict, not a list of choices"],
+        [r"conf/experiment/default\.yaml: defaults: must be a list of choices, as `- tune: lora`; the value is \{"],
     ),
     "a header of two words": ({"experiment/default.yaml": "# @package a b\ntune: {seed: 7}\n"}, [r"conf: Too many components"]),
     "an override of nothing": (
         {"experiment/default.yaml": "# @package _global_\ndefaults:\n  - override /tune@x: lora\n"},
-        [r"conf: In 'experiment/default': Could not override 'tune@x'"],
+        [r"conf/experiment/default\.yaml: tune@x: there is no choice 'lora'"],
     ),
     "_target_": (
         {"tune/sft.yaml": "steps: 1\n_target_: os.system\n"},
