@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from tests.bench.__main__ import NAMES, main, measure_all
+from tests.bench.__main__ import main
 from tests.bench.rows import Row, markdown
+from tests.bench.together import NAMES, measure_all
 from tests.conftest import ROOT
 
 
