@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conf.problems import ConfigErrors, KeyPath, Problem, dotted, explain
 from conf.schema import Config
+from conf.yaml import parse
 
 CONF = Path(__file__).parent
 NOT_HYDRA = ("evaluate/tasks/",)
@@ -62,7 +63,7 @@ class _Loader(yaml.CSafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue
+                raise yaml.constructor.ConstructorError(None, None, f"a {key.id} is no key", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands here twice", key.start_mark)
             seen.add(key.value)
@@ -131,7 +132,10 @@ def compose(overrides: Sequence[str] = (), conf: Path = CONF) -> Composed:
     problems += [problem for problem, *_ in bad_choices]
     for file in [*broken, *(f"{group}/{choice}.yaml" for _, _, group, choice in bad_choices)]:
         contents[file], headers[file] = {}, "# @package _global_"
-    raw, sources = _merge(contents, headers, overrides)
+    try:
+        raw, sources = _merge(contents, headers, overrides)
+    except ConfigErrors as error:
+        raise ConfigErrors(problems if bad_choices else [*problems, *error.problems]) from None  # Hydra stumbles over a bad choice once more
     origins = _origins(contents, sources)
     affected = {Path(file).parts[0] for file in broken} | {group.split("/")[0] for _, _, group, _ in bad_choices}
     everything = "experiment" in affected or "config.yaml" in affected
@@ -185,8 +189,8 @@ def _scan(conf: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem], li
         name = path.relative_to(conf).as_posix()
         try:
             text = path.read_text(encoding="utf-8")
-            content = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = parse(text, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number that Python has not
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             problems.append(Problem(f"conf/{name}", "", f"unreadable YAML{line}: {getattr(error, 'problem', None) or error}"))
@@ -197,7 +201,7 @@ def _scan(conf: Path) -> tuple[dict[str, Any], dict[str, str], list[Problem], li
             broken.append(name)
             continue
         if content and not isinstance(content.get("defaults", []), list):
-            problems.append(Problem(f"conf/{name}", "defaults", f"holds a {type(content['defaults']).__name__}, not a list of choices"))
+            problems.append(Problem(f"conf/{name}", "defaults", f"must be a list of choices, as `- tune: lora`; the value is {content['defaults']!r}"))
             broken.append(name)
             continue
         contents[name], headers[name] = content or {}, text[:512]

@@ -123,12 +123,12 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "not a mapping": ({"tune/sft.yaml": "- 1\n"}, [r"conf/tune/sft\.yaml: holds a list"]),
     "defaults, not a list": (
         {"experiment/default.yaml": "# @package _global_\ndefaults: {override /tune: lora}\n"},
-        [r"conf/experiment/default\.yaml: defaults: holds a dict, not a list of choices"],
+        [r"conf/experiment/default\.yaml: defaults: must be a list of choices, as `- tune: lora`; the value is \{"],
     ),
     "a header of two words": ({"experiment/default.yaml": "# @package a b\ntune: {seed: 7}\n"}, [r"conf: Too many components"]),
     "an override of nothing": (
         {"experiment/default.yaml": "# @package _global_\ndefaults:\n  - override /tune@x: lora\n"},
-        [r"conf: In 'experiment/default': Could not override 'tune@x'"],
+        [r"conf/experiment/default\.yaml: tune@x: there is no choice 'lora'"],
     ),
     "_target_": (
         {"tune/sft.yaml": "steps: 1\n_target_: os.system\n"},
@@ -347,6 +347,17 @@ def test_canonical_text_means_the_same_to_every_reader(value: object) -> None:
     text = dump({"value": value})
     assert YAML(typ="safe", pure=True).load(text)["value"] == value, "DVC"
     assert yaml.safe_load(text)["value"] == value, "libyaml"
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1e-5", "0o17", "+.5e3", "1:30", "012", "on", "~", "", "=", "<<", ".nan", "2024-01-31", "a\nb", "a: b", "- a", "#", " a", "\t"]
+)
+def test_a_text_that_looks_like_something_else_stays_a_text(text: str) -> None:
+    from ruamel.yaml import YAML
+
+    written = dump({"value": text, "list": [text]})
+    assert YAML(typ="safe", pure=True).load(written) == {"value": text, "list": [text]}, "DVC"
+    assert yaml.safe_load(written) == {"value": text, "list": [text]}, "libyaml"
 
 
 @pytest.mark.parametrize("text", ["1e-5", "on", "012", "1:30", "0o17", "1_000", ".5", "2024-01-31", "{a: b}", "'x'", "- 1\n- on", "~", "a: &x [on]\nb: *x"])

@@ -4,17 +4,17 @@ Each runs in a copy of the working tree, in turn with the others and with its fl
 the medians count. The floor is a process that imports what the command cannot do without (Hydra and pydantic to compose, typer for
 the command line) and exits. One round before the first warms the page cache and the bytecode.
 
-Cut, in seconds of `python -m conf` (0.83 without compiled modules and 0.55 with them at first, 0.49 and 0.25 now):
-- one walk of the defaults list instead of two, over files read once by libyaml: 0.20
-- params.yaml written and compared by libyaml, byte for byte what ruamel writes: 0.11
-- `defer_build` in the schema, and no docstrings read by pydantic: 0.07
-- no garbage collection, no search for pydantic's plugins: 0.05
+Cut from `python -m conf`, in seconds of processor time: 0.85 -> 0.53 without compiled modules, 0.64 -> 0.28 with them, each pair
+measured within a minute. By profile, of the 0.97 that it took under cProfile:
+- the second walk of the defaults list, and YAML parsed in Python: 0.35
+- params.yaml written by libyaml, byte for byte what ruamel writes: 0.11 with the import of ruamel
+- `defer_build` in the schema, and no docstrings read by pydantic, whose search took 0.075 of the 0.17 of importing it
+- no garbage collection while importing: 0.03; no search for pydantic's plugins: 0.01
 
 Tried, and not kept:
-- merging plain dictionaries instead of OmegaConf's: 0.01, and its rules for `???` to be written again
+- merging plain dictionaries instead of OmegaConf's: 0.014 less, and its rules for `???` to be written again
 - importing Hydra's loader without the rest of it: `hydra/__init__` imports all in any case
-- stdlib dataclasses under one pydantic adapter: 0.03, and the schema's classes would no longer check what tests build
-- keeping the last composition's digest to skip a composition that changes nothing: `dvc repro` does not even start compose then
+- skipping a composition that changes nothing by a digest: `dvc repro` does not even start compose then
 """
 
 from __future__ import annotations
