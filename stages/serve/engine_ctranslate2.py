@@ -67,12 +67,12 @@ class CTranslate2Engine:
             import ctranslate2
         except ImportError as error:
             raise ModelError("serve.engine.kind=ctranslate2, and ctranslate2 is not installed", "pip install -r requirements.txt") from error
-        self.chat = Chat(folder)
         self._settings = settings
         with opened(folder) as whole:
             for name in ("model.bin", "config.json", "vocabulary.json"):
                 if not (whole / name).is_file():
                     raise ModelError(f"{whole / name} is missing", "run `dvc repro export`, or `dvc pull`")
+            self.chat = Chat(whole)
             try:
                 generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=1, intra_threads=settings.threads)
             except (RuntimeError, ValueError) as error:
