@@ -61,12 +61,12 @@ class CTranslate2Engine:
             import ctranslate2
         except ImportError as error:
             raise ModelError("serve.engine.kind=ctranslate2, and ctranslate2 is not installed", "pip install -r requirements.txt") from error
-        self.chat = Chat(folder)
         self._settings = settings
         with opened(folder) as whole:
             for name in ("model.bin", "config.json", "vocabulary.json"):
                 if not (whole / name).is_file():
                     raise ModelError(f"{whole / name} is missing", "run `dvc repro export`, or `dvc pull`")
+            self.chat = Chat(whole)
             try:
                 inter, intra = (settings.threads, 1) if batches else (1, settings.threads)
                 generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=inter, intra_threads=intra)

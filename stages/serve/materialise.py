@@ -14,6 +14,10 @@ is evaluated, attacked and served are the same bytes.
 Every weight is base + scale * (the sum over k of B[:, k] * A[k, :], k ascending), multiplied and added element by element in
 float32: IEEE 754 leaves no choice there, while a matrix product of a BLAS rounds otherwise on another CPU or thread count.
 The quantisation is ctranslate2's (`specs/model_spec.py`), row by row.
+
+SmolLM2-135M, one thread, processor time (the machine was shared) and peak of the resident memory of a process that opens the engine,
+ctranslate2's own loading included: 1.2 s and 324 MiB at the first start, most of it the base's mapped file; 0.4 s and 202 MiB at
+later ones; 0.3 s and 201 MiB for an engine that is stored whole. The Bento holds 281 MB of model, and 140 MB with the whole engine.
 """
 
 from __future__ import annotations

@@ -8,15 +8,14 @@ and rank, thirty blocks deep, twelve of them tuned: a quarter of SmolLM2-135M an
 samples) comes on top, as dvc.lock gives its size beside its base's. `theirs` is `export.store: engine`: two variants are stored, and each
 further one counts as the second did.
 
-SmolLM2's shape in full, random, one thread, on a machine with four busy processes: the engine of 135 MB is made in 1.9 s at a
-first start, with 311 MiB of resident memory at the peak, most of it the mapped file of the base; found in 0.2 s at every later one.
+What opening such an engine costs stands in stages/serve/materialise.py.
 
 What was tried, and did not help:
 
-* the difference of a variant's int8 engine to its base's, byte by byte: 18% of the bytes change, and zlib leaves 13.6 MB of it, 3.5 times
+* the difference of a variant's int8 engine to its base's (SmolLM2's shape, random adapter): 18% of the bytes change, zlib leaves 13.6 MB, 3.5 times
   a bfloat16 adapter; the base's engine is half a base more. Ten variants: 2.0 bases.
 * engines made anew after `dvc pull`: a fresh clone would then run stages, which it must not.
-* the adapter in float32, as it is trained: 7.8 MB of 269 a variant, and ten take 1.29 bases.
+* the adapter in float32, as it is trained: 7.8 MB of 269 a variant, so ten would take 1.29 bases with nothing else.
 * ctranslate2's own specifications instead of a recipe: they need a table of names per architecture, and import torch where it is installed.
 """
 
