@@ -145,7 +145,7 @@ def main() -> None:
         train(learn_attacks, learn_benign + customers, guard_settings.window, settings.seed, folder / "guard")
         guard = Guard(folder / "guard", guard_settings)
         prompts = [(name, attacks[name][text], text) for name, texts in sorted(hostile.items()) for text in texts[: settings.per_source]]
-        rows = attack(open_engine(EXPORTED, engine_settings), guard, system or "", prompts, settings, limit)
+        rows = attack(open_engine(EXPORTED, engine_settings, batches=True), guard, system or "", prompts, settings, limit)
         alarms = []
         for name, text in sorted(((n, t) for n, texts in harmless.items() for t in texts), key=lambda pair: digest(pair[1]))[: settings.benign_limit]:
             verdict = guard.check(text)

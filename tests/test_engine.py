@@ -204,15 +204,6 @@ def test_batches_side_by_side_give_the_same_bits(folder: Path, quantization: str
     assert wide.score(asked) == alone.score(asked) == served.score(asked)
 
 
-def test_no_worker_is_left_without_a_batch(engine: CTranslate2Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide = CTranslate2Engine(engine.chat.folder, EngineSettings(quantization="float32", threads=2, batch=32), True)
-    sizes: list[int] = []
-    whole = wide._generate_batch
-    monkeypatch.setattr(wide, "_generate_batch", lambda batch, sampling: sizes.append(len(batch)) or whole(batch, sampling))
-    wide.generate(prompts(wide), Sampling(max_tokens=1))
-    assert sorted(sizes) == [3, 4]
-
-
 @pytest.mark.parametrize(
     ("tokens", "shared"), [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2]], 1), ([[1], [1, 2]], 0), ([[1, 2, 3]], 2), ([[2, 1], [1, 2], [1, 3]], 0)]
 )
