@@ -136,7 +136,9 @@ def rows(sizes: tuple[int, ...] = SIZES) -> list[Row]:
                 bar = f"at most {FLAT:g}" if name in OURS else ""
                 shown = (f"{value * 1e6:.0f} µs" if what.startswith("processor") else f"{value / 1e6:.0f} MB" for value in (last, first))
                 ratio = last / first
-                found.append(Row(what=f"{name}: {what}, {large:,} / {small:,}", ours=next(shown), theirs=next(shown), ratio=ratio, bar=bar, met=not bar or ratio <= FLAT))
+                found.append(
+                    Row(what=f"{name}: {what}, {large:,} / {small:,}", ours=next(shown), theirs=next(shown), ratio=ratio, bar=bar, met=not bar or ratio <= FLAT)
+                )
     return found
 
 

@@ -19,8 +19,51 @@ from stdnum import iban, luhn
 
 from stages.files import write_json, write_jsonl
 
-SYLLABLES = ("ba", "cor", "den", "el", "fi", "gra", "hu", "in", "jo", "ka", "lo", "mer", "ni", "or", "pa", "qui", "ra", "sto", "ti", "un", "ver", "wi", "xa", "ya", "zo")
-FOREIGN = ("café", "naïve", "Zürich", "señor", "garçon", "Łódź", "退货政策", "ありがとう", "доставка", "👍", "–", "“quoted”", "cafÃ©", "itâ€™s", "&amp;", "fiancé")
+SYLLABLES = (
+    "ba",
+    "cor",
+    "den",
+    "el",
+    "fi",
+    "gra",
+    "hu",
+    "in",
+    "jo",
+    "ka",
+    "lo",
+    "mer",
+    "ni",
+    "or",
+    "pa",
+    "qui",
+    "ra",
+    "sto",
+    "ti",
+    "un",
+    "ver",
+    "wi",
+    "xa",
+    "ya",
+    "zo",
+)
+FOREIGN = (
+    "café",
+    "naïve",
+    "Zürich",
+    "señor",
+    "garçon",
+    "Łódź",
+    "退货政策",
+    "ありがとう",
+    "доставка",
+    "👍",
+    "–",
+    "“quoted”",
+    "cafÃ©",
+    "itâ€™s",
+    "&amp;",
+    "fiancé",
+)
 PLAIN = ("order 482913", "on 2024-11-23 at 10:15", "for 129.99 EUR", "ticket 7731-4420", "version 1.2.3", "at 18:30")
 
 

@@ -148,7 +148,9 @@ def main() -> None:
     reader = JsonlReader("work/clean", adapter=row)
     sign = MinhashDedupSignature("work/signatures", config=CONFIG, language=Words())
     LocalPipelineExecutor([reader, sign], tasks=1, workers=workers, logging_dir="work/logs/sign").run()
-    LocalPipelineExecutor([MinhashDedupBuckets("work/signatures", "work/pairs", config=CONFIG)], tasks=BUCKETS, workers=workers, logging_dir="work/logs/pairs").run()
+    LocalPipelineExecutor(
+        [MinhashDedupBuckets("work/signatures", "work/pairs", config=CONFIG)], tasks=BUCKETS, workers=workers, logging_dir="work/logs/pairs"
+    ).run()
     LocalPipelineExecutor([MinhashDedupCluster("work/pairs", "work/remove", config=CONFIG)], tasks=1, logging_dir="work/logs/cluster").run()
     finish = [
         reader, MinhashDedupFilter("work/remove"), LambdaFilter(Decontaminate()), Format(),
