@@ -548,7 +548,7 @@ def test_signatures_are_those_of_datatrove(texts: list[list[int]], seed: int) ->
 
 
 @pytest.mark.parametrize("held", [2_000_000, 7])
-def test_near_duplicates_are_the_clusters_of_datatrove(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_duplicates_are_the_clusters_of_datatrove(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own three passes over the same texts, against the list that this stage makes."""
     import struct
 
@@ -573,10 +573,11 @@ def test_near_duplicates_are_the_clusters_of_datatrove(held: int, monkeypatch: p
     collect(rows=("train", rows))
     run(deduplicate={"exact": False, "minhash": {"ngram": 3, "buckets": 6, "hashes_per_bucket": 3}}, decontaminate=None, shards=3)
     config = MinhashConfig(3, 6, 3, hash_config=HashConfig(hash_fc="sha1"))
-    Signatures("signatures", config, language=WhitespaceTokenizer()).run(Document(text=r["text"], id=r["id"]) for r in rows)
+    signed, pairs, clusters = (str(tmp_path / name) for name in ("signatures", "pairs", "clusters"))  # fsspec remembers what a relative path once meant
+    Signatures(signed, config, language=WhitespaceTokenizer()).run(Document(text=r["text"], id=r["id"]) for r in rows)
     for bucket in range(6):
-        MinhashDedupBuckets("signatures", "pairs", config=config).run(None, bucket, 6)
-    MinhashDedupCluster("pairs", "clusters", config=config, save_cluster_id=True).run(None)
+        MinhashDedupBuckets(signed, pairs, config=config).run(None, bucket, 6)
+    MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True).run(None)
     first: dict[int, int] = {}
     theirs = {}
     for index, cluster in struct.iter_unpack("<II", Path("clusters/000000.clusters").read_bytes()):

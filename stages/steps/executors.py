@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from conf.errors import ConfigError, DataError
 from conf.schema import Preprocess
 
-PRELOAD = ["stages.steps.clean", "stages.steps.deduplicate", "stages.steps.chat", "stages.steps.split"]
+PRELOAD = ["stages.steps.clean", "stages.steps.deduplicate", "stages.steps.decontaminate", "stages.steps.chat", "stages.steps.split", "phonenumbers"]
 POLL_SECONDS = 5.0
 
 
