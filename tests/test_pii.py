@@ -121,8 +121,9 @@ def test_nothing_is_passed_over_by_what_is_looked_at_first(text: str) -> None:
 
     assert worth_a_look(text) == bool(re.search(r"[\d@]|://|www\.|::", text, re.IGNORECASE))
     assert list(cards(text, ())) == [match.span() for match in CARD.finditer(text) if luhn.is_valid(re.sub("[ -]", "", match[0]))]
-    everywhere = [(m.start, m.end) for region in (*REGIONS, None) for m in PhoneNumberMatcher(text, region, Leniency.VALID, max_tries=1_000_000)]
-    assert set(phones(text, REGIONS)) == (set(everywhere) if PHONE.search(text) else set())
+    for regions in (REGIONS, ()):
+        everywhere = [(m.start, m.end) for region in (*regions, None) for m in PhoneNumberMatcher(text, region, Leniency.VALID, max_tries=1_000_000)]
+        assert set(phones(text, regions)) == (set(everywhere) if PHONE.search(text) else set())
 
 
 @settings(max_examples=60, deadline=None)

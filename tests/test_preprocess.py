@@ -547,6 +547,16 @@ def test_signatures_are_those_of_datatrove(texts: list[list[int]], seed: int) ->
     assert ours.T.tolist() == theirs
 
 
+def test_signatures_are_remainders_at_the_edges_too() -> None:
+    import numpy as np
+
+    from stages.steps.deduplicate import PRIME, signatures
+
+    edges = np.array([0, 1, 2**61 - 2, 2**61 - 1, 2**61, 2**62 - 3, 2**62 - 2, 2**63, 2**64 - 1], dtype=np.uint64)
+    found = signatures(edges, np.ones(len(edges), dtype=np.int64), np.ones(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64))
+    assert found[0].tolist() == [int(edge) % int(PRIME) for edge in edges]
+
+
 @pytest.mark.parametrize("held", [2_000_000, 7])
 def test_near_duplicates_are_the_clusters_of_datatrove(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own three passes over the same texts, against the list that this stage makes."""
