@@ -27,7 +27,7 @@ LISTED = np.dtype([("row", "<u8"), ("of", "<u8"), ("near", "?")])
 PRIME = np.uint64((1 << 61) - 1)
 TEXTS = 1024
 """Texts whose signatures are computed at a time: their n-grams fit into a core's cache."""
-HELD = 2_000_000
+HELD = 250_000
 """Digests that are sorted at a time."""
 
 
