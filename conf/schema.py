@@ -229,7 +229,7 @@ class Filters:
     min_chars: Natural = 1
     """Shortest text, in characters."""
     max_chars: Count = 20_000
-    """Longest text, in characters."""
+    """Longest text, in characters. Of one longer than 20,000, only so many are kept among the dropped rows."""
     min_words: Natural = 1
     """Fewest words."""
     min_alpha: Share = 0.0
@@ -347,9 +347,10 @@ class Preprocess:
     slurm: Slurm | None = None
     """What Slurm wants to know; needed with `executor: slurm`."""
     workers: Count = 1
-    """Processes at a time. The output does not depend on it."""
+    """Processes at a time, where the environment variable TRUNKLINE_WORKERS does not say what this machine has. The output does not
+    depend on it, and the variable leaves dvc.lock as it is."""
     shards: Count = 4
-    """Pieces the input is cut into: at least `workers`; more use less memory each."""
+    """Pieces the input is cut into: at least `workers`, so that all have work. The output does not depend on it."""
     normalise: Normalise = Field(default_factory=Normalise)
     """Unicode, mojibake, whitespace."""
     missing: dict[RowField, Missing] = Field(default_factory=lambda: dict[RowField, Missing]({"text": Missing(action="drop")}))

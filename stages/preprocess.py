@@ -4,9 +4,10 @@ Reads: data/collect/*.jsonl and manifest.json (a dataset's `use` is there).
 Writes: data/preprocess/{train,validation,test,corpus,dropped}.jsonl, and last summary.json (counts per source and reason).
 Config: preprocess
 
-Streamed through datatrove tasks in a scratch folder of `.dvc/tmp/trunkline/`: no file is ever held whole. What grows with the rows in
-memory is the n-grams of the evaluation sets (8 bytes each), the groups of test sources, and the members of near-duplicate clusters.
-The rows are ordered by (use, source, id) once, and everything after keeps that order, so workers and shards change no byte.
+Streamed through datatrove steps in a scratch folder of `.dvc/tmp/trunkline/`: no file is ever held whole. What grows with the rows in
+memory is their places (8 bytes each), the n-grams of the evaluation sets (8 bytes each), the groups of test sources, and the pairs of
+near duplicates. The rows are ordered by (use, source, id) once, and everything after keeps that order, so workers and shards change no byte.
+TRUNKLINE_WORKERS in the environment says how many processes this machine has for it. tests/bench/preprocess.py measures it.
 `attack` and `benign` datasets pass by: redteam reads them from data/collect.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from stdnum import iban, luhn
 
 from conf.schema import PiiKind
-from stages.pii import FINDERS, find, pseudonym, redact
+from stages.pii import CARD, FINDERS, PHONE, cards, find, phones, pseudonym, redact, worth_a_look
 
 KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
 DEFAULT: tuple[PiiKind, ...] = ("email", "phone", "iban", "card", "ip")
@@ -111,6 +112,18 @@ def test_redaction_is_idempotent_and_leaves_none(text: str) -> None:
     once = redact(text, KINDS, REGIONS)
     assert find(once, KINDS, REGIONS) == []
     assert redact(once, KINDS, REGIONS) == once
+
+
+@settings(max_examples=300)
+@given(texts)
+def test_nothing_is_passed_over_by_what_is_looked_at_first(text: str) -> None:
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    assert worth_a_look(text) == bool(re.search(r"[\d@]|://|www\.|::", text, re.IGNORECASE))
+    assert list(cards(text, ())) == [match.span() for match in CARD.finditer(text) if luhn.is_valid(re.sub("[ -]", "", match[0]))]
+    for regions in (REGIONS, ()):
+        everywhere = [(m.start, m.end) for region in (*regions, None) for m in PhoneNumberMatcher(text, region, Leniency.VALID, max_tries=1_000_000)]
+        assert set(phones(text, regions)) == (set(everywhere) if PHONE.search(text) else set())
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError, DataError
-from conf.schema import Filters, Normalise, Preprocess, Slurm, Split
+from conf.schema import Filters, MinHash, Normalise, Preprocess, Slurm, Split
 from stages import preprocess
 from stages.files import read_json, read_jsonl, sha256, write_json, write_jsonl
+from tests.conftest import ROOT
 
 Rows = list[dict[str, Any]]
 ANIMALS = ("otter", "heron", "badger", "lynx", "marten", "stoat", "curlew", "plover", "godwit", "dunlin", "osprey", "kestrel", "merlin", "hobby", "hawk", "tit")
@@ -156,6 +164,14 @@ def test_personal_data_stays_where_it_is_switched_off() -> None:
     collect(rows=("train", [*FILLER, row("y", "write to jo@example.com about it")]))
     run(pii={"action": "off"})
     assert any("jo@example.com" in path.read_text() for path in Path("data/preprocess").iterdir())
+
+
+@pytest.mark.parametrize("text", ["call 4111111111111111 now " * 200_000, "é" * 4_000_000, "1.2." * 1_000_000])
+def test_an_endless_line_is_dropped_and_kept_in_part(text: str) -> None:
+    collect(rows=("train", [*FILLER, row("z", text)]))
+    assert run()["reasons"] == {"max_chars": 1}
+    kept = next(read_jsonl(Path("data/preprocess/dropped.jsonl")))["text"]
+    assert kept.endswith(f"… ({len(text.strip())} characters)") and "4111" not in kept
 
 
 # ---------------------------------------------------------------- which duplicate stays
@@ -352,16 +368,17 @@ def dirty(count: int) -> Rows:
     return rows
 
 
-def test_neither_workers_nor_shards_change_a_byte() -> None:
+def test_neither_workers_nor_shards_change_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = dirty(600)
     uses = {"one": ("train", 0, 400), "two": ("train", 400, 500), "three": ("test", 500, 540), "four": ("corpus", 540, 580), "five": ("benchmark", 580, 600)}
     collect(**{name: (use, rows[start:end]) for name, (use, start, end) in uses.items()})
     seen = []
-    for workers, shards in ((1, 1), (1, 3), (2, 5)):
-        summary = run(workers=workers, shards=shards, filters={"min_words": 2})
+    for workers, shards in ((1, 1), (1, 3), (2, 5), (3, 4)):
+        monkeypatch.setenv("TRUNKLINE_WORKERS", str(workers))
+        summary = run(shards=shards, filters={"min_words": 2})
         assert {"missing:text", "min_words", "duplicate:exact", "duplicate:near"} <= set(summary["reasons"])
         seen.append(digests())
-    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
 def test_the_order_of_the_input_changes_no_byte() -> None:
@@ -375,6 +392,7 @@ def test_the_order_of_the_input_changes_no_byte() -> None:
 
 
 def test_many_small_runs_make_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.steps import deduplicate, grams, order
     from stages.steps import rows as rows_module
 
     collect(one=("train", [*dirty(300), *(row("000000", sentence(500 + i)) for i in range(9))]))
@@ -382,6 +400,14 @@ def test_many_small_runs_make_the_same_bytes(monkeypatch: pytest.MonkeyPatch) ->
     before = digests()
     monkeypatch.setattr(rows_module, "RUN_BYTES", 2000)
     monkeypatch.setattr(rows_module, "FAN_IN", 3)
+    for module, name, value in (
+        (order, "PART_BYTES", 3000),
+        (order, "BUFFERED", 7),
+        (deduplicate, "TEXTS", 5),
+        (deduplicate, "HELD", 10),
+        (grams, "KNOWN_WORDS", 9),
+    ):
+        monkeypatch.setattr(module, name, value)
     run()
     assert digests() == before
 
@@ -418,9 +444,169 @@ def test_settings_of_normalise_are_read() -> None:
 
 
 def test_scripts_without_blanks_are_compared_by_character() -> None:
-    from stages.steps.decontaminate import words
+    from stages.steps.grams import words
 
-    assert words("退货政策 is OK, No. 7!") == ["退", "货", "政", "策", "is", "ok", "no", "0"]
+    assert [word.decode() for word in words("退货政策 is OK, No. 7!")] == ["退", "货", "政", "策", "is", "ok", "no", "0"]
+
+
+mixed = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.text(alphabet="aZ ,.!1234\n\t\r&;é\u0301ÃÂ©\u00a0ß\x07\x85Ⅷ٣", max_size=20),
+        st.sampled_from(["cafÃ©", "&amp;", "itâ€™s", "<b>"]),
+    )
+).map("".join)
+
+
+@settings(max_examples=300)
+@given(mixed)
+def test_words_are_those_of_datatrove(text: str) -> None:
+    from datatrove.utils.text import simplify_text
+
+    from stages.steps.grams import WORD, words
+
+    assert [word.decode() for word in words(text)] == WORD.findall(simplify_text(text))
+
+
+@settings(max_examples=300)
+@given(mixed)
+def test_text_is_repaired_by_ftfy_unless_it_would_change_nothing(text: str) -> None:
+    from datatrove.pipeline.formatters.ftfy import FTFYFormatter
+
+    from stages.steps.clean import NormaliseText
+
+    assert NormaliseText(Normalise(unicode=None, whitespace=False)).normalise(text) == FTFYFormatter().format(text)
+
+
+numbers = st.one_of(st.integers(), st.integers(2**62, 2**70), st.floats(allow_nan=False, allow_infinity=False))
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, st.text()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(st.text(max_size=5), values, max_size=4))
+def test_scratch_and_outputs_are_the_json_that_python_writes(meta: dict[str, Any]) -> None:
+    from stages.files import canonical
+    from stages.steps.rows import decode, encode, publishable
+    from stages.steps.sources import parse
+
+    found = {**row("a", "text"), "source": "rows", "meta": meta}
+    line = canonical(found, indent=None).encode()
+    assert publishable(found) == publishable(parse(line)) == publishable(decode(encode(found))) == line
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "[" * 5000])
+def test_what_is_no_json_is_refused(number: str) -> None:
+    from stages.steps.sources import parse
+
+    with pytest.raises(ValueError, match=r"is no JSON|too large a number|nested too deeply"):
+        parse(f'{{"id": "a", "meta": {{"a": {number}}}}}\n'.encode())
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ text }}",
+        "Q: {{ text }}\n",
+        "{{ label }}\n{{ completion }}",
+        "{% if label %}{{ label }}{% endif %}",
+        "{{ text | upper }}",
+        "{{ meta.a }} {{ id }}",
+        "a {# b #} c",
+    ],
+)
+def test_plain_templates_are_filled_in_as_jinja_does(template: str, tmp_path: Path) -> None:
+    from conf.schema import Chat, Pii
+    from stages.steps.chat import FormatChat, compile_template
+    from stages.steps.rows import Dropped
+
+    record = {**row("a", "what <is> {{ it }}?\n", meta={"a": 1}), "source": "rows"}
+    step = FormatChat(Chat(prompt=template), Dropped(tmp_path, "chat", Pii()))
+    assert step.render("prompt", record) == compile_template(template, "prompt").render(record)
+
+
+# ---------------------------------------------------------------- near duplicates
+
+
+@given(st.lists(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), min_size=1, max_size=6), st.integers(1, 2))
+def test_signatures_are_those_of_datatrove(texts: list[list[int]], seed: int) -> None:
+    import numpy as np
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.utils.hashing import HashConfig
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    from stages.steps.deduplicate import factors, signatures
+
+    chosen = MinHash(buckets=3, hashes_per_bucket=2)
+    step = MinhashDedupSignature("signatures", MinhashConfig(5, 3, 2, seed=seed, hash_config=HashConfig(hash_fc="sha1")), language=WhitespaceTokenizer())
+    theirs = [list(chain.from_iterable(step.get_signature(np.array(text, dtype=np.uint64).reshape(-1, 1)))) for text in texts]
+    ours = signatures(np.array(list(chain.from_iterable(texts)), dtype=np.uint64), np.array(list(map(len, texts))), *factors(chosen, seed))
+    assert ours.T.tolist() == theirs
+
+
+def test_signatures_are_remainders_at_the_edges_too() -> None:
+    import numpy as np
+
+    from stages.steps.deduplicate import PRIME, signatures
+
+    edges = np.array([0, 1, 2**61 - 2, 2**61 - 1, 2**61, 2**62 - 3, 2**62 - 2, 2**63, 2**64 - 1], dtype=np.uint64)
+    found = signatures(edges, np.ones(len(edges), dtype=np.int64), np.ones(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64))
+    assert found[0].tolist() == [int(edge) % int(PRIME) for edge in edges]
+
+
+@pytest.mark.parametrize("held", [2_000_000, 7])
+def test_near_duplicates_are_the_clusters_of_datatrove(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own three passes over the same texts, against the list that this stage makes."""
+    import struct
+
+    import numpy as np
+    from datatrove.data import Document
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+    from datatrove.utils.hashing import HashConfig
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    from stages.steps import deduplicate
+    from stages.steps.grams import sha1_hashes, words
+
+    class Signatures(MinhashDedupSignature):
+        def get_shingles(self, text: str) -> np.ndarray:
+            return sha1_hashes([words(text)], 3)[0].reshape(-1, 1)
+
+    monkeypatch.setattr(deduplicate, "HELD", held)
+    rows = sorted(
+        (row(f"{i:04d}", ("", "Hello, ", "Well then ")[i % 3] + sentence(i % 90) + (" thanks" if i % 7 == 0 else "")) for i in range(240)),
+        key=lambda r: r["id"],
+    )
+    collect(rows=("train", rows))
+    run(deduplicate={"exact": False, "minhash": {"ngram": 3, "buckets": 6, "hashes_per_bucket": 3}}, decontaminate=None, shards=3)
+    config = MinhashConfig(3, 6, 3, hash_config=HashConfig(hash_fc="sha1"))
+    signed, pairs, clusters = (str(tmp_path / name) for name in ("signatures", "pairs", "clusters"))  # fsspec remembers what a relative path once meant
+    Signatures(signed, config, language=WhitespaceTokenizer()).run(Document(text=r["text"], id=r["id"]) for r in rows)
+    for bucket in range(6):
+        MinhashDedupBuckets(signed, pairs, config=config).run(None, bucket, 6)
+    MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True).run(None)
+    first: dict[int, int] = {}
+    theirs = {}
+    for index, cluster in struct.iter_unpack("<II", Path("clusters/000000.clusters").read_bytes()):
+        if (kept := first.setdefault(cluster, index)) != index:
+            theirs[rows[index]["id"]] = f"duplicate:near of rows/{rows[kept]['id']}"
+    assert len(theirs) > 100
+    assert reasons() == theirs
+
+
+@given(st.lists(st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=6), max_size=6), st.integers(1, 4))
+def test_sums_tell_ngrams_apart_as_their_words_do(texts: list[list[bytes]], size: int) -> None:
+    from stages.steps.grams import WordHashes, grams, sum_hashes
+
+    hashes, counts = sum_hashes(texts, size, WordHashes())
+    each = [grams(tokens, size) for tokens in texts]
+    assert counts.tolist() == list(map(len, each))
+    seen = dict(zip([gram for some in each for gram in some], hashes.tolist(), strict=True))
+    assert len(set(seen.values())) == len(seen)
+    assert [seen[gram] for some in each for gram in some] == hashes.tolist()
 
 
 def test_limits_name_themselves() -> None:
@@ -431,6 +617,94 @@ def test_limits_name_themselves() -> None:
 
 
 # ---------------------------------------------------------------- executors
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", " "])
+def test_a_wrong_number_of_workers_is_named(workers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRUNKLINE_WORKERS", workers)
+    collect(rows=("train", FILLER))
+    with pytest.raises(ConfigError, match=f"TRUNKLINE_WORKERS='{workers}' is no number of processes"):
+        run()
+
+
+def test_the_machine_says_how_many_workers_and_else_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.steps.executors import worker_count
+
+    assert worker_count(Preprocess(workers=3)) == 3
+    monkeypatch.setenv("TRUNKLINE_WORKERS", "2")
+    assert worker_count(Preprocess(workers=3)) == 2
+
+
+class Die(PipelineStep):
+    """Ends its process as the kernel does when memory runs out, in one task of three."""
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield from ()
+
+
+class Fill(PipelineStep):
+    """Writes where no space is left."""
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        from stages.steps.rows import Runs
+
+        runs = Runs(Path(), "full")
+        runs.add("a", b"a" * 100_000)
+        runs.close()
+        yield from ()
+
+
+class Sleep(PipelineStep):
+    """Says who it is, and takes its time."""
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        Path(f"{rank}.pid").write_text(str(os.getpid()))
+        time.sleep(300)
+        yield from ()
+
+
+def test_a_killed_worker_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    from stages.steps.executors import execute
+
+    with pytest.raises(DataError, match=r"a worker process was killed in the pass `clean`\n.*memory"):
+        execute([Die()], 3, Preprocess(workers=2), tmp_path / "clean")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_in_a_worker_is_what_the_stage_hears_of(tmp_path: Path) -> None:
+    from stages.steps.executors import execute
+
+    (tmp_path / "full-000000.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        execute([Fill()], 2, Preprocess(workers=2), tmp_path / "clean")
+    assert error.value.errno == 28
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (one that nobody has waited for yet does not)."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at processes through /proc")
+def test_workers_end_with_the_stage(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from conf.schema import Preprocess; from stages.steps.executors import execute; from tests.test_preprocess import Sleep\n"
+    code += "if __name__ == '__main__': execute([Sleep()], 2, Preprocess(workers=2), Path('sleep'))"
+    Path("sleeper.py").write_text(code)
+    stage = subprocess.Popen([sys.executable, "sleeper.py"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + 60
+    while len(pids := [path for path in Path().glob("*.pid") if path.read_text()]) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    workers = [int(path.read_text()) for path in pids]
+    assert len(workers) == 2 and all(map(alive, workers))
+    stage.kill()
+    stage.wait()
+    until = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
 
 
 def test_slurm_is_made_from_its_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

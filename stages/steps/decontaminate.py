@@ -20,8 +20,8 @@ from stages.steps.rows import Dropped, Filter
 GRAM = np.dtype("<u8")
 ROWS_HELD = 5_000
 """Benchmark rows whose n-grams are held before they are written."""
-SKETCH_BITS = range(16, 25)
-"""Sizes of the table that says which n-grams cannot be in an index: 64 kB to 16 MB."""
+SKETCH_BITS = range(16, 23)
+"""Sizes of the table that says which n-grams cannot be in an index: 64 kB to 4 MB."""
 
 
 class IndexBenchmarks(PipelineStep):

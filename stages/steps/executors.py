@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from conf.errors import ConfigError, DataError
 from conf.schema import Preprocess
 
-PRELOAD = ["stages.steps.clean", "stages.steps.deduplicate", "stages.steps.chat", "stages.steps.split"]
+PRELOAD = ["stages.steps.clean", "stages.steps.deduplicate", "stages.steps.decontaminate", "stages.steps.chat", "stages.steps.split", "phonenumbers"]
 POLL_SECONDS = 5.0
 
 
@@ -118,7 +118,7 @@ def run_here(steps: Sequence[PipelineStep], tasks: int, workers: int, name: str)
             for task in running:
                 task.result()
         except BrokenProcessPool as error:
-            remedy = "mostly because memory ran out: run `dvc repro` again with fewer processes (TRUNKLINE_WORKERS=1) or more preprocess.shards"
+            remedy = "most often memory ran out: run `dvc repro` again with fewer processes (TRUNKLINE_WORKERS=1)"
             raise DataError(f"a worker process was killed in the pass `{name}`", remedy) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -31,6 +31,8 @@ SCRATCH = ("use", "split", "index")
 """What a row carries between steps and no output holds."""
 STRINGS = tuple(field.name for field in fields(Record) if field.type == "str")
 OTHERS = tuple(name for name in STRINGS if name not in ("id", "text"))
+LONGEST_DROPPED = 20_000
+"""Characters of a dropped text that are kept: redacting one of 100 MB would take hours."""
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
 """What orjson may read as a float because it does not fit into 64 bits."""
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -136,6 +138,8 @@ class Dropped:
 
     def add(self, row: Row, reason: str, of: str = "", rank: int = 0) -> None:
         """Keep one row. Args: reason: which rule. of: the row that is kept instead, if it is a repeat."""
+        if len(row["text"]) > LONGEST_DROPPED:
+            row = {**row, "text": f"{row['text'][:LONGEST_DROPPED]}… ({len(row['text'])} characters)"}
         kept = {**redacted(row, self.pii), "reason": f"{reason} of {of}" if of else reason}
         kept = {name: value for name, value in kept.items() if name not in SCRATCH}
         self.runs.setdefault(rank, Runs(self.folder, f"{self.step}-{rank:05d}")).add(dropped_key(kept), publishable(kept))
