@@ -1,4 +1,4 @@
-"""BANKING77 through the mirror: the real data by the real `dvc repro`, whole up to validate, and from there to the verdict on a model with a few steps."""
+"""BANKING77 through the mirror by the real `dvc repro`: the data whole, and a model of a few steps as far as its verdict."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from stages.training import Turns
 
-STEPS = 16
+STEPS = 20
 """Optimiser steps of a run."""
 SEEDS = (0, 1, 2)
 VALIDATION = 32
