@@ -30,8 +30,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from conf.errors import DataError
-from conf.schema import Dtype, Tune
 from stages.files import is_sealed, remove, seal
+from conf.schema import Dtype, Lora, Tune
 from stages.records import Message
 
 if TYPE_CHECKING:
@@ -187,18 +187,6 @@ def build(settings: Tune, base: Path, train: Sequence[Turns], validation: Sequen
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False)
     if settings.lora:
         freeze(model, getattr(torch, settings.precision))
-    lora = (
-        None
-        if settings.lora is None
-        else LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,
-            lora_dropout=settings.lora.dropout,
-            target_modules=settings.lora.targets,
-            layers_to_transform=blocks(model, settings.lora.layers),
-        )
-    )
     stop = settings.early_stopping
     trainer = Trainer(
         model=model,
@@ -206,7 +194,7 @@ def build(settings: Tune, base: Path, train: Sequence[Turns], validation: Sequen
         processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
         train_dataset=Dataset.from_list(list(train)),
         eval_dataset=Dataset.from_list(list(validation)) if validation else None,
-        peft_config=lora,
+        peft_config=adapter(model, settings.lora) if settings.lora else None,
         callbacks=[Checkpoints(), *([EarlyStoppingCallback(stop.patience, stop.threshold)] if stop else [])],
     )
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
@@ -244,6 +232,18 @@ def freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
+
+
+def adapter(model: PreTrainedModel, lora: Lora) -> LoraConfig:
+    """The adapter in peft's terms."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        layers_to_transform=blocks(model, lora.layers),
+    )
 
 
 def blocks(model: PreTrainedModel, last: int | None) -> list[int] | None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from stages.training import Turns
 
-STEPS = 16
+STEPS = 20
 """Optimiser steps of a run."""
 SEEDS = (0, 1, 2)
 VALIDATION = 32
@@ -111,11 +111,10 @@ def stock(settings: Tune, base: Path, train: Sequence[Turns], folder: Path, part
     """TRL's own trainer, and with a part of ours."""
     import torch
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from stages.training import Trainer, blocks, freeze, order, usable
+    from stages.training import Trainer, adapter, freeze, order, usable
 
     assert settings.lora is not None
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
@@ -142,14 +141,7 @@ def stock(settings: Tune, base: Path, train: Sequence[Turns], folder: Path, part
         ),
         processing_class=AutoTokenizer.from_pretrained(base, local_files_only=True),
         train_dataset=Dataset.from_list(list(train)),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.lora.rank,
-            lora_alpha=settings.lora.alpha,
-            lora_dropout=settings.lora.dropout,
-            target_modules=settings.lora.targets,
-            layers_to_transform=blocks(model, settings.lora.layers),
-        ),
+        peft_config=adapter(model, settings.lora),
     )
     trainer.remove_callback(PrinterCallback)
     if part.grouped:
