@@ -20,11 +20,17 @@ CACHE = Path(".dvc/cache/files/md5")
 
 
 def read_yaml(path: Path) -> Any:
-    """A file of DVC's, every value as text (an all-digit digest too); by libyaml, where ruamel takes 0.3 s for dvc.lock."""
+    """A file of DVC's, every value as text (an all-digit digest too); by libyaml, where ruamel takes 0.3 s for dvc.lock.
+
+    Raises:
+        DataError: it is no YAML.
+    """
     import yaml
 
-    with path.open(encoding="utf-8") as file:
-        return yaml.load(file, Loader=yaml.CBaseLoader)
+    try:
+        return yaml.load(path.read_bytes(), Loader=yaml.CBaseLoader)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is no YAML: {' '.join(str(error).split())}", "if DVC was killed while it wrote it, `trunkline repro` mends it") from error
 
 
 def md5(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Killed, out of disk, cut off, interrupted, started twice, tampered with: `dvc repro` then ends where an undisturbed run does.
+"""Killed, out of disk, interrupted, tampered with: `dvc repro` then ends where an undisturbed run does.
 
 A cut-down `tiny` (fewer steps and rows, changed in the test's own checkout) is run undisturbed once, for its lock and for how long each
 stage takes. The moments of the kills are drawn from TRUNKLINE_SEED, which is printed.
@@ -284,13 +284,14 @@ def test_a_full_temporary_folder_is_a_sentence(spare: Path, reference: Reference
 
 
 def test_a_full_dvc_cache_is_named_by_dvc_and_mended_by_the_next_repro(spare: Path, reference: Reference) -> None:
+    """DVC names each file that it has no room for, and goes on without it: the next repro puts it into the cache."""
     with on_a_small_disk(spare / ".dvc/cache"):
-        filler = fill(spare / ".dvc/cache", 0)
+        filler = fill(spare / ".dvc/cache", 100_000)
         change(spare / "conf/collect/attacks.yaml", "limit: 200", "limit: 199")
         done = sh(spare, "dvc", "repro", "collect", check=False)
         said = done.stdout + done.stderr
-        assert "No space left on device" in said
-        assert str(spare / ".dvc/cache") in said
+        assert re.search(rf"failed to transfer .*No space left on device: .*{re.escape(str(spare / '.dvc/cache'))}", said), said
+        assert "not in cache" in sh(spare, "dvc", "status", "collect").stdout
         filler.unlink()
         sh(spare, "git", "checkout", "-q", "--", "conf")
         check_put_right(spare, reference)
@@ -339,36 +340,6 @@ def test_ctrl_c_is_a_sentence_and_the_next_repro_goes_on(spare: Path, reference:
             assert re.search(r"interrupted|KeyboardInterrupt", said) or "Interrupted by the user" in said, said
     check_put_right(spare, reference)
     assert left_running(spare) == []
-
-
-def test_a_second_repro_names_the_process_that_holds_the_lock(spare: Path, reference: Reference) -> None:
-    first = start(spare, "dvc", "repro", "--force", "--single-item", "tune")
-    while stage_process(first.pid) is None:
-        assert first.poll() is None
-        time.sleep(0.05)
-    second = sh(spare, "dvc", "repro", "--force", "--single-item", "tune", check=False)
-    assert second.returncode != 0
-    assert f"(PID {first.pid})" in second.stderr
-    assert "Traceback" not in second.stderr
-    waiting = start(spare, sys.executable, "-m", "stages.operate.cli", "repro")
-    assert first.communicate()[0] is not None
-    assert first.returncode == 0, "the second did not disturb it"
-    said = waiting.communicate()[0]
-    assert f"waiting for process {first.pid}" in said
-    assert waiting.returncode == 0
-    assert "Data and pipelines are up to date." in said
-    assert (spare / "dvc.lock").read_bytes() == reference.lock
-
-
-@pytest.mark.parametrize("file", ["dvc.lock", ".dvc/tmp/rwlock"])
-def test_what_a_killed_dvc_wrote_half_is_mended(spare: Path, reference: Reference, file: str) -> None:
-    """DVC writes both in place; a kill in that moment leaves a beginning."""
-    (spare / file).write_bytes(reference.lock[:7003] if file == "dvc.lock" else b'{"write": {"')
-    assert sh(spare, "dvc", "repro", check=False).returncode != 0, "DVC can read it by now: then `mend` has no cause"
-    done = sh(spare, sys.executable, "-m", "stages.operate.cli", "repro")
-    assert f"{file} was half-written" in done.stderr
-    assert set(ran(done)) <= {"compose"}
-    assert (spare / "dvc.lock").read_bytes() == reference.lock
 
 
 def cache_file(folder: Path, file: str) -> Path:
