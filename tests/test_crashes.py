@@ -403,6 +403,7 @@ def test_a_damaged_cache_file_is_fetched_from_the_remote(spare: Path, reference:
 def test_own_scratch_is_held_against_its_digest(spare: Path, reference: Reference) -> None:
     """Downloads, unpacked members of wheels, and the converted base."""
     scratch = spare / ".dvc/tmp/trunkline"
+    shutil.copytree(reference.folder / ".dvc/tmp/trunkline/evaluate", scratch / "evaluate", dirs_exist_ok=True)
     engine = next(scratch.glob("evaluate/*/model.bin"))
     whole = engine.read_bytes()
     engine.write_bytes(whole[: len(whole) // 2])
