@@ -185,8 +185,21 @@ def test_fifty_kills_leave_the_lock_of_an_undisturbed_run(reference: Reference, 
     sys.stdout.write(f"{dict(seen)}\n")
     assert seen["group"] + seen["stage"] >= 50
     assert min(seen["group"], seen["stage"]) >= 10
-    assert seen["resumed"] > 0
     check_recovered(folder, reference)
+
+
+def test_tune_goes_on_from_its_last_checkpoint_and_ends_in_the_same_bytes(spare: Path, reference: Reference) -> None:
+    command = ("dvc", "repro", "--force", "--single-item", "tune")
+    process = start(spare, *command)
+    while not list((spare / ".dvc/tmp/trunkline/tune").glob("*/checkpoint-*/sealed.json")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = sh(spare, *command)
+    assert RESUMED in done.stdout + done.stderr
+    assert (spare / "dvc.lock").read_bytes() == reference.lock
+    assert not (spare / ".dvc/tmp/trunkline/tune").exists()
 
 
 def scratch_left(folder: Path) -> set[str]:

@@ -31,6 +31,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text(PIPELINE)
     run(tmp_path, "git", "init", "-q")
     run(tmp_path, "dvc", "init", "-q")
+    run(tmp_path, "dvc", "config", "core.check_update", "false")  # as here: its daemon would outlive the command
     return tmp_path
 
 
