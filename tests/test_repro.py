@@ -104,15 +104,21 @@ def test_half_a_list_of_locks_is_mended(checkout: Path) -> None:
 
 
 def test_a_killed_process_whose_number_another_one_has_holds_nothing(checkout: Path) -> None:
-    entry = {"pid": os.getpid(), "cmd": "/nowhere/bin/dvc repro"}
+    other = subprocess.Popen(["sleep", "60"])
+    entry = {"pid": other.pid, "cmd": "/nowhere/bin/dvc repro"}
     (checkout / ".dvc/tmp").mkdir(exist_ok=True)
     (checkout / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(checkout / "one"): entry}, "read": {}}))
     assert "is busy" in run(checkout, "dvc", "repro")[1]
     code, said = run(checkout, *OURS)
+    other.kill()
+    other.wait()
     assert code == 0
     assert "waiting" not in said
 
 
-def test_only_the_same_program_counts_as_alive() -> None:
-    assert alive({"pid": os.getpid(), "cmd": sys.executable})
-    assert not alive({"pid": os.getpid(), "cmd": "dvc repro of another"})
+@pytest.mark.parametrize(("named", "expected"), [("dvc", True), ("other", False)])
+def test_only_dvc_counts_as_alive(named: str, expected: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", named, "repro"]) as process:
+        assert alive({"pid": process.pid, "cmd": "dvc repro"}) is expected
+        process.kill()
+    assert not alive({"pid": process.pid, "cmd": "dvc repro"})

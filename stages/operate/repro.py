@@ -43,7 +43,7 @@ def alive(entry: dict[str, Any]) -> bool:
     import psutil
 
     try:
-        return entry["cmd"] in " ".join(psutil.Process(entry["pid"]).cmdline())
+        return "dvc" in " ".join(psutil.Process(entry["pid"]).cmdline())
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:  # another user's
