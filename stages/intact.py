@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,17 @@ CACHE = Path(".dvc/cache/files/md5")
 
 
 def read_yaml(path: Path) -> Any:
-    """A file of DVC's, every value as text (an all-digit digest too); by libyaml, where ruamel takes 0.3 s for dvc.lock."""
+    """A file of DVC's, every value as text (an all-digit digest too); by libyaml, where ruamel takes 0.3 s for dvc.lock.
+
+    Raises:
+        DataError: it is no YAML.
+    """
     import yaml
 
-    with path.open(encoding="utf-8") as file:
-        return yaml.load(file, Loader=yaml.CBaseLoader)
+    try:
+        return yaml.load(path.read_bytes(), Loader=yaml.CBaseLoader)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is no YAML: {' '.join(str(error).split())}", "if DVC was killed while it wrote it, `trunkline repro` mends it") from error
 
 
 def md5(path: Path) -> str:
@@ -33,16 +40,22 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+@cache
+def shared(checkout: Path) -> Path:
+    """Where DVC says that the cache of a checkout is: a shared one, or that of the checkout that `dvc exp` copied."""
+    from dvc.repo import Repo
+
+    return Path(Repo(str(checkout)).cache.local.path)
+
+
 def cached(digest: str) -> Path | None:
-    """The cache file of a digest, if there is one; DVC is asked where its cache is only when it is not in the usual place."""
+    """The cache file of a digest, if there is one; DVC, which takes 0.4 s, is asked only when the cache is not in the usual place."""
     name = Path(digest[:2], digest[2:])
     if (CACHE / name).is_file():
         return CACHE / name
     if CACHE.is_dir():
         return None
-    from dvc.repo import Repo
-
-    elsewhere = Path(Repo().cache.local.path) / name
+    elsewhere = shared(Path.cwd()) / name
     return elsewhere if elsewhere.is_file() else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import DataError
-from stages.files import canonical, publish, read_jsonl, sha256, write_json, write_jsonl
+from stages.files import canonical, is_sealed, publish, read_jsonl, seal, sha256, write_json, write_jsonl
+from stages.operate.summary import costs as read_costs
+from stages.run import disk_trouble, scratch
 from tests.conftest import ROOT
 
 STAGE = "{body}\nif __name__ == '__main__':\n    from stages.run import run\n    run(main)\n"
@@ -61,6 +64,84 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "No space left on device: models/x" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        ("sqlite3.OperationalError('database or disk is full')", "No space left on device"),
+        ("RuntimeError('I/O error: No space left on device (os error 28)')", "No space left on device"),
+        ("RuntimeError('[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/3')", "No space left on device"),
+        ("ValueError('cannot save') from OSError(errno.EROFS, 'x', 'models/y')", "Read-only file system: models/y"),
+        ("PermissionError(errno.EACCES, 'x', 'models/z')", "Permission denied: models/z"),
+    ],
+)
+def test_a_disks_refusal_behind_a_librarys_error_is_told(tmp_path: Path, raised: str, words: str) -> None:
+    process = stage(tmp_path, f"import errno, sqlite3\ndef main():\n    raise {raised}")
+    told = process.communicate()[1]
+    assert process.returncode == 1
+    assert f"toy stopped {words}" in told
+    assert "Traceback" not in told
+
+
+def test_a_full_disk_names_what_was_being_written(tmp_path: Path) -> None:
+    """`write` does not say which file it had no room for."""
+    with pytest.raises(OSError, match="No space") as caught, publish(tmp_path / "models/x"), Path("/dev/full").open("w") as full:
+        full.write("x")
+    assert disk_trouble(caught.value) == f"No space left on device: {tmp_path / 'models/x'}"
+
+
+def test_ctrl_c_during_the_imports_is_a_sentence(tmp_path: Path) -> None:
+    """Before `stages.run` is there to catch it: the package itself sees to that."""
+    shutil.copytree(ROOT / "stages", tmp_path / "stages")
+    (tmp_path / "stages/slow.py").write_text("import pathlib, time\npathlib.Path('up').touch()\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-m", "stages.slow"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "interrupted before it began; `dvc repro` goes on from here.\n"
+    assert process.returncode != 0
+
+
+def test_half_a_line_in_the_cost_record_spoils_no_other(tmp_path: Path) -> None:
+    costs = tmp_path / ".dvc/tmp/trunkline/costs.jsonl"
+    costs.parent.mkdir(parents=True)
+    costs.write_text('{"stage": "collect", "seconds": 1.0, "peak_bytes": 5, "at": 1}\n{"stage": "tune", "sec')
+    process = stage(tmp_path, "def main():\n    pass")
+    process.communicate()
+    assert process.returncode == 0
+    assert [json.loads(line)["stage"] for line in costs.read_text().splitlines()[::2]] == ["collect", "toy"]
+    assert [cost["stage"] for cost in read_costs(costs)] == ["collect"]  # toy is no stage of the pipeline
+
+
+def test_scratch_is_new_and_sweeps_only_what_the_dead_left(tmp_path: Path) -> None:
+    with scratch("x", tmp_path) as living:
+        (living / "kept").touch()
+        for dead in ("x-dead", "x-stray"):
+            (tmp_path / dead).mkdir()
+        (tmp_path / "x-dead.lock").touch()
+        with scratch("x", tmp_path) as other:
+            assert other != living
+            assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+                name for folder in (living, other) for name in (folder.name, f"{folder.name}.lock")
+            )
+        assert (living / "kept").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_seal_sees_a_short_file(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"12345678")
+    assert not is_sealed(folder)
+    seal(folder)
+    assert is_sealed(folder)
+    (folder / "weights").write_bytes(b"1234")
+    assert not is_sealed(folder)
+    (folder / "weights").write_bytes(b"12345678")
+    (folder / "sealed.json").write_bytes(b"")
+    assert not is_sealed(folder)
 
 
 def test_ctrl_c_is_a_sentence(tmp_path: Path) -> None:

@@ -138,6 +138,15 @@ def test_killed_download_resumes_in_the_next_run(site: Site) -> None:
     assert site.ranges[1] is not None
 
 
+def test_server_that_never_completes_is_told_with_address_and_bytes(site: Site) -> None:
+    site.answer = lambda handler, number: send(handler, cut=(1 << 20) if number == 1 else 0)
+    with pytest.raises(SourceError) as caught:
+        get(web(site), retries=2)
+    assert len(site.ranges) == 3
+    assert site.url in str(caught.value) and "in 3 attempts" in str(caught.value)
+    assert f"{1 << 20:,} of {len(DATA):,} bytes are here" in str(caught.value)
+
+
 def test_server_without_ranges_is_read_from_the_start(site: Site) -> None:
     site.answer = lambda handler, number: send(handler, cut=1_500_000 if number == 1 else None, ranges=False)
     assert get(web(site))[0].read_bytes() == DATA

@@ -9,15 +9,16 @@ done is in the cache.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from conf.errors import ConfigError
-from stages.files import remove
+from conf.errors import ConfigError, DataError
+from stages.files import read_json, remove
 from stages.intact import read_yaml
 from stages.run import WORK
 
@@ -25,19 +26,32 @@ LOCK, LOCKS, OURS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock"), WORK / "repr
 RECORD = Path("dvc.lock")
 
 
-def alive(pid: int) -> bool:
-    """Whether there is such a process."""
+def entries() -> list[dict[str, Any]]:
+    """Who is in DVC's list of locks: `pid` and `cmd` of each.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    if not LOCKS.exists():
+        return []
+    locks = read_json(LOCKS)
+    return [*locks.get("write", {}).values(), *(reader for readers in locks.get("read", {}).values() for reader in readers)]
+
+
+def alive(entry: dict[str, Any]) -> bool:
+    """Whether the process still runs, and is not another one that got its number."""
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "dvc" in " ".join(psutil.Process(entry["pid"]).cmdline())
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:  # another user's
+    except psutil.AccessDenied:  # another user's
         return True
-    return True
 
 
 def holders() -> Iterator[int]:
-    """The processes that DVC's locks, or another `trunkline repro`, wait for."""
+    """The processes that hold DVC's locks, or the one of another `trunkline repro`; 0: it does not say which."""
     for file in (LOCK, OURS):
         if file.exists():
             with file.open() as held:
@@ -45,28 +59,22 @@ def holders() -> Iterator[int]:
                     fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     yield int(held.read().strip() or 0)
-    try:
-        locks = json.loads(LOCKS.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return
-    entries = [*locks.get("write", {}).values(), *(entry for entries in locks.get("read", {}).values() for entry in entries)]
-    yield from sorted({entry["pid"] for entry in entries if alive(entry["pid"])})
+    with suppress(DataError):
+        yield from (entry["pid"] for entry in entries() if alive(entry))
 
 
 def mend() -> list[str]:
-    """Remove what a killed DVC wrote half; returns what."""
-    from yaml import YAMLError
-
+    """Remove what a killed DVC left, locks of the dead and what it wrote half; returns what was half."""
     found = []
-    if LOCKS.exists():
-        try:
-            json.loads(LOCKS.read_text(encoding="utf-8"))
-        except ValueError:
-            found.append(LOCKS)
+    try:
+        if (left := entries()) and not any(map(alive, left)):
+            remove(LOCKS)
+    except DataError:
+        found.append(LOCKS)
     if RECORD.exists():
         try:
             whole = "stages" in (read_yaml(RECORD) or {})
-        except YAMLError:
+        except DataError:
             whole = False
         if not whole:
             found.append(RECORD)
@@ -82,9 +90,9 @@ def repro(arguments: list[str]) -> None:
         ConfigError: DVC is not installed here.
     """
     said = False
-    while held := next(holders(), None):
+    while (held := next(holders(), None)) is not None:
         if not said:
-            sys.stderr.write(f"waiting for process {held}, which runs this pipeline\n")
+            sys.stderr.write(f"waiting for process {held or '(unknown)'}, which runs this pipeline\n")
             said = True
         time.sleep(0.5)
     WORK.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import conf
 from conf.errors import ModelError
 from conf.schema import Serve
+from stages.intact import check_intact
 
 PACKAGE = Path("models/package")
 
@@ -30,6 +31,7 @@ def main() -> None:
 
     settings: Serve = conf.load("serve")
     arguments = command(PACKAGE, settings)
+    check_intact([str(PACKAGE)])
     Console(stderr=True).print(f"serving {PACKAGE} on http://localhost:{settings.port}/v1 (Ctrl-C ends it)", markup=False, highlight=False)
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "1")
     os.environ.pop("PYTHONPATH", None)  # the Bento brings its own code

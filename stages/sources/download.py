@@ -39,6 +39,8 @@ class Interrupted(Exception):
         """Args: reason: what happened. after: seconds that the server asks to wait. anew: it will not go on from where we are."""
         super().__init__(reason)
         self.after, self.anew = after, anew
+        self.wanted: int | None = None
+        """Bytes of the whole file, if the server said so before it failed."""
 
 
 @dataclass
@@ -167,8 +169,10 @@ def backoff(state: RetryCallState) -> float:
 def append(name: str, url: str, opener: Opener, partial: Path, max_bytes: int) -> bool:
     """One attempt: add to `partial` what it still lacks; returns whether it went on from an earlier one."""
     have = partial.stat().st_size if partial.exists() else 0
+    wanted = None
     try:
         with opener(have) as stream:
+            wanted = stream.size
             if stream.size is not None and stream.size > max_bytes:
                 raise too_large(f"{name}: {url}", max_bytes)
             total = None if stream.size is None else -(-(stream.size - stream.start) // CHUNK)
@@ -184,6 +188,7 @@ def append(name: str, url: str, opener: Opener, partial: Path, max_bytes: int) -
                     raise Interrupted(f"it broke off after {file.tell()} of {stream.size} bytes")
             return stream.start > 0
     except Interrupted as error:
+        error.wanted = wanted
         if error.anew:
             partial.unlink(missing_ok=True)
         raise
@@ -217,8 +222,10 @@ def download(name: str, url: str, digest: str, opener: Opener, *, retries: int, 
                 with attempt:
                     resumed = append(name, url, opener, partial, max_bytes)
         except Interrupted as error:
+            have = partial.stat().st_size if partial.exists() else 0
+            kept = f" ({have:,} of {error.wanted:,} bytes are here, and the next run goes on from them)" if have and error.wanted else ""
             raise SourceError(
-                f"{name}: cannot download {url} in {retries + 1} attempts: {error}",
+                f"{name}: cannot download {url} in {retries + 1} attempts: {error}{kept}",
                 f"check the network and the address, or put the file, named {digest}, into a folder or bucket that TRUNKLINE_MIRROR names",
             ) from error
         actual = sha256(partial)

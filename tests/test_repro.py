@@ -1,0 +1,124 @@
+"""`trunkline repro`, on a pipeline of two steps with the real DVC: waits, says for whom, and mends what a kill of DVC left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.operate.repro import alive
+from tests.conftest import ROOT
+
+PIPELINE = """
+stages:
+  one: {cmd: "while [ -e hold ]; do sleep 0.1; done; cp in one", deps: [in], outs: [one]}
+  two: {cmd: cp one two, deps: [one], outs: [two]}
+"""
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
+OURS = (sys.executable, "-m", "stages.operate.cli", "repro")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/config.yaml").touch()
+    (tmp_path / "in").write_text("x")
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    run(tmp_path, "git", "init", "-q")
+    run(tmp_path, "dvc", "init", "-q")
+    run(tmp_path, "dvc", "config", "core.check_update", "false")  # as here: its daemon would outlive the command
+    return tmp_path
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(folder: Path, *command: str) -> tuple[int, str]:
+    """Exit code and what it printed."""
+    process = start(folder, *command)
+    said = process.communicate(timeout=60)[0]
+    return process.returncode, said
+
+
+def running(folder: Path, *command: str) -> subprocess.Popen[str]:
+    """A repro in the middle of its first stage, for as long as there is a file `hold`."""
+    (folder / "hold").touch()
+    process = start(folder, *command)
+    while not (folder / ".dvc/tmp/rwlock").exists() or not json.loads((folder / ".dvc/tmp/rwlock").read_text() or "{}").get("write"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("first", [("dvc", "repro"), OURS])
+def test_the_second_waits_and_says_for_whom(checkout: Path, first: tuple[str, ...]) -> None:
+    process = running(checkout, *first)
+    code, said = run(checkout, "dvc", "repro")
+    assert code != 0
+    assert f"(PID {process.pid})" in said, "DVC names the process while a stage runs"
+    second = start(checkout, *OURS)
+    assert second.stdout is not None
+    assert second.stdout.readline() == f"waiting for process {process.pid}, which runs this pipeline\n"
+    assert second.poll() is None
+    (checkout / "hold").unlink()
+    assert "Running stage 'two'" in process.communicate(timeout=60)[0]
+    said = second.communicate(timeout=60)[0]
+    assert (process.returncode, second.returncode) == (0, 0)
+    assert "Data and pipelines are up to date." in said
+
+
+def test_its_arguments_and_exit_code_are_those_of_dvc(checkout: Path) -> None:
+    assert run(checkout, *OURS, "--single-item", "one")[0] == 0
+    assert not (checkout / "two").exists()
+    (checkout / "in").unlink()
+    assert run(checkout, *OURS)[0] == run(checkout, "dvc", "repro")[0] != 0
+
+
+def test_half_a_lock_file_is_mended_and_what_was_done_is_not_done_again(checkout: Path) -> None:
+    run(checkout, "dvc", "repro")
+    lock = checkout / "dvc.lock"
+    whole = lock.read_bytes()
+    lock.write_bytes(whole[: whole.index(b"outs:") + 3])
+    assert "is invalid" in run(checkout, "dvc", "repro")[1], "DVC can read it by now: then there is nothing to mend"
+    code, said = run(checkout, *OURS)
+    assert code == 0
+    assert "dvc.lock was half-written" in said
+    assert "Running stage" not in said
+    assert lock.read_bytes() == whole
+
+
+def test_half_a_list_of_locks_is_mended(checkout: Path) -> None:
+    run(checkout, "dvc", "repro")
+    (checkout / ".dvc/tmp/rwlock").write_text('{"write": {"')
+    (checkout / "in").write_text("y")
+    assert "corrupted" in run(checkout, "dvc", "repro")[1]
+    code, said = run(checkout, *OURS)
+    assert code == 0
+    assert ".dvc/tmp/rwlock was half-written" in said
+
+
+def test_a_killed_process_whose_number_another_one_has_holds_nothing(checkout: Path) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    entry = {"pid": other.pid, "cmd": "/nowhere/bin/dvc repro"}
+    (checkout / ".dvc/tmp").mkdir(exist_ok=True)
+    (checkout / ".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(checkout / "one"): entry}, "read": {}}))
+    assert "is busy" in run(checkout, "dvc", "repro")[1]
+    code, said = run(checkout, *OURS)
+    other.kill()
+    other.wait()
+    assert code == 0
+    assert "waiting" not in said
+
+
+@pytest.mark.parametrize(("named", "expected"), [("dvc", True), ("other", False)])
+def test_only_dvc_counts_as_alive(named: str, expected: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", named, "repro"]) as process:
+        assert alive({"pid": process.pid, "cmd": "dvc repro"}) is expected
+        process.kill()
+    assert not alive({"pid": process.pid, "cmd": "dvc repro"})
