@@ -30,8 +30,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from conf.errors import DataError
-from stages.files import is_sealed, remove, seal
 from conf.schema import Dtype, Lora, Tune
+from stages.files import is_sealed, remove, seal
 from stages.records import Message
 
 if TYPE_CHECKING:
