@@ -34,8 +34,9 @@ def load(key: str, path: Path = PARAMS) -> Any:
             raise ConfigError(f"{path} has no key {key}", "run `python -m conf` to compose it anew")
         value, kind = value[part], get_type_hints(kind, include_extras=True)[part]
     try:
-        return TypeAdapter(kind).validate_json(json.dumps(value))
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([key, *map(str, first["loc"])])
-        raise ConfigError(f"{path}: {where}: {first['msg']}", "run `python -m conf`, which names every error") from error
+        value = f"{json.dumps(first['input'], default=str):.200}"
+        raise ConfigError(f"{path}: {where}: {first['msg']}; the value is {value}", "run `python -m conf`, which names every error") from error

@@ -46,7 +46,7 @@ def overrides(params: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
 
     present = read(params)
     try:
-        TypeAdapter(Config).validate_json(json.dumps(present))
+        TypeAdapter(Config).validate_json(json.dumps(present, default=str))
     except ValidationError as error:
         from dataclasses import replace
 

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conf.problems import ConfigErrors, KeyPath, Problem, dotted, explain
 from conf.schema import Config
+from conf.yaml import DEEPEST, refuse_bomb
 
 CONF = Path(__file__).parent
 NOT_HYDRA = ("evaluate/tasks/",)
@@ -51,6 +52,8 @@ class _Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"a {key.id} is no key", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands here twice", key.start_mark)
             seen.add(key.value)
@@ -83,7 +86,10 @@ def compose(overrides: Sequence[str] = (), conf: Path = CONF) -> Composed:
             for _, _, group, choice in bad_choices:
                 (root / group).mkdir(parents=True, exist_ok=True)
                 (root / group / f"{choice}.yaml").write_text("{}\n", encoding="utf-8")
-        raw, sources = _hydra(root, overrides)
+        try:
+            raw, sources = _hydra(root, overrides)
+        except ConfigErrors as error:
+            raise ConfigErrors(problems if bad_choices else [*problems, *error.problems]) from None  # Hydra stumbles over a bad choice once more
     origins = _origins(contents, sources)
     affected = {Path(file).parts[0] for file in broken} | {group.split("/")[0] for _, _, group, _ in bad_choices}
     everything = "experiment" in affected or "config.yaml" in affected
@@ -135,8 +141,8 @@ def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
     for path in _files(conf):
         name = path.relative_to(conf).as_posix()
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            content = _load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number that Python has not
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             problems.append(Problem(f"conf/{name}", "", f"unreadable YAML{line}: {getattr(error, 'problem', None) or error}"))
@@ -146,7 +152,12 @@ def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
             problems.append(Problem(f"conf/{name}", "", f"holds a {type(content).__name__}, not a mapping of keys"))
             broken.append(name)
             continue
-        contents[name] = content or {}
+        content = content or {}
+        if not isinstance(content.get("defaults", []), list):
+            problems.append(Problem(f"conf/{name}", "defaults", f"must be a list of choices, as `- tune: lora`; the value is {content['defaults']!r}"))
+            broken.append(name)
+            continue
+        contents[name] = content
         prefix = () if path.parent == conf or name.startswith("experiment/") else path.parent.relative_to(conf).parts
         for keys, value in _all(contents[name], prefix):
             if keys[-1] == "_target_":
@@ -157,6 +168,23 @@ def _scan(conf: Path) -> tuple[dict[str, Any], list[Problem], list[str]]:
                         Problem(f"conf/{name}", dotted(keys), f"{leaf} would publish the environment in params.yaml; stages read secrets where they use them")
                     )
     return contents, problems, broken
+
+
+def _load(text: str) -> Any:
+    """Parse YAML that can exhaust neither memory nor stack: libyaml composes by recursion in C, which would take the process with it.
+
+    Raises:
+        yaml.YAMLError, ValueError: it is no YAML, or nested or unfolded without end.
+    """
+    if sum(map(text.count, "[{-?:")) > 1000:  # each level takes one of them
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} deep")
+    content = yaml.load(text, Loader=_Loader)
+    refuse_bomb(content)
+    return content
 
 
 def _all(value: object, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:

@@ -11,16 +11,42 @@ from ruamel.yaml.error import YAMLError
 
 from conf.errors import ConfigError
 
+MOST = 200_000
+"""Most values of a file: a hundred times what params.yaml has."""
+DEEPEST = 100
+"""Mappings and lists within each other; a recursive reader manages some hundreds."""
+
+
+def refuse_bomb(value: object) -> None:
+    """Stop at aliases that unfold a small file into millions of values, or that hold themselves ("billion laughs").
+
+    Raises:
+        ValueError: there are more than `MOST` values, or they are nested more than `DEEPEST` deep.
+    """
+    seen, todo = 0, [(0, value)]
+    while todo:
+        seen += 1
+        depth, held = todo.pop()
+        if seen > MOST or depth > DEEPEST:
+            what = f"nested more than {DEEPEST} deep" if depth > DEEPEST else f"more than {MOST} values"
+            raise ValueError(f"{what}; aliases (`*name`) unfold into what they stand for: write it out, or take them away")
+        if isinstance(held, dict):
+            todo += ((depth + 1, item) for item in held.values())
+        elif isinstance(held, list | tuple | set):
+            todo += ((depth + 1, item) for item in held)
+
 
 def read(path: Path) -> Any:
     """Parse a YAML file.
 
     Raises:
-        ConfigError: it is not YAML; names file, line and problem.
+        ConfigError: it is not YAML, or unfolds without end; names file, line and problem.
     """
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+        value = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        refuse_bomb(value)
+        return value
+    except (YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number or date that Python has not
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
