@@ -11,6 +11,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from conf.errors import DataError
+from stages.files import DECODER
 from stages.steps.rows import STRINGS, Row, to_document
 from stages.steps.tally import write_tally
 
@@ -59,7 +60,7 @@ def read_share(path: Path, share: int, shares: int) -> Iterator[Row]:
             line = file.readline()
             try:
                 row = parse(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 remedy = "the file is truncated or garbled; remove it and run `dvc repro`"
                 raise DataError(f"{path}:{line_number(path, at)}: {error}", remedy) from error
             yield row
@@ -80,14 +81,6 @@ def parse(line: bytes) -> Row:
     if "\\ud" in text or "\\uD" in text:
         row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return cast(Row, row)
-
-
-def refuse(constant: str) -> None:
-    """NaN and infinities are no JSON."""
-    raise ValueError(f"{constant} is no JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse)
 
 
 def line_number(path: Path, offset: int) -> int:
