@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def sources(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The datasets that this stage reads: name -> (path, use)."""
+    """The datasets that this stage reads: name -> (path, use).
+
+    Raises:
+        DataError: the manifest is none.
+    """
+    for name, entry in manifest.items() if isinstance(manifest, dict) else [("it", manifest)]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("use"), str) or not isinstance(entry.get("rows"), int):
+            raise DataError(f"{COLLECTED / 'manifest.json'}: {name} is {str(entry)[:200]}, not {{use, rows, …}}", "remove data/collect and run `dvc repro`")
     return {name: (str(COLLECTED / f"{name}.jsonl"), entry["use"]) for name, entry in manifest.items() if entry["use"] in USES}
 
 
@@ -122,6 +131,20 @@ def split(settings: Preprocess, parts: int, work: Path) -> None:
     execute(steps, parts, settings, work / "logs/format")
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder to work in. What a run that stopped leaves of it is the logs: its rows hold what nobody has redacted yet."""
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        for path in folder.iterdir():
+            if path.name != "logs":
+                remove(path)
+    remove(folder)
+
+
 def main() -> None:
     """Run the stage."""
     settings: Preprocess = conf.load("preprocess")
@@ -134,15 +157,12 @@ def main() -> None:
         compile_template(getattr(settings.chat, key), key)
     manifest = read_json(COLLECTED / "manifest.json")
     inputs = sources(manifest)
-    work = (WORK / "preprocess").resolve()  # other machines see it under this path, and fsspec remembers what a relative one once meant
-    remove(work)
-    work.mkdir(parents=True)
-    clean(settings, inputs, work)
-    read = read_tally(work / "counts")["read"]
-    check_counts(manifest, read)
-    split(settings, deduplicate(settings, work), work)
-    summary = write_outputs(OUT, inputs, read, work)
-    remove(work)
+    with scratch((WORK / "preprocess").resolve()) as work:  # other machines see it under this path, and fsspec remembers what a relative one once meant
+        clean(settings, inputs, work)
+        read = read_tally(work / "counts")["read"]
+        check_counts(manifest, read)
+        split(settings, deduplicate(settings, work), work)
+        summary = write_outputs(OUT, inputs, read, work)
     log.info("kept %s", ", ".join(f"{rows} {name}" for name, rows in summary["rows"].items()))
 
 

@@ -57,7 +57,7 @@ class FormatChat(BaseFilter):
         row = to_row(doc)
         try:
             return self.templates[key].render({field: row[field] for field in FIELDS})
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # the others: of what it does to a value
             raise ConfigError(f"preprocess.chat.{key} fails on {row['source']}/{row['id']}: {error}", f"its fields are {', '.join(FIELDS)}") from error
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
