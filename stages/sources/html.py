@@ -76,7 +76,7 @@ def html_rows(name: str, page: str, rows_at: str | None, fields: dict[str, str])
     from soupsieve import SelectorSyntaxError
 
     class Page(BeautifulSoup):
-        """Refuses what would take hours: the work grows with the square of the depth."""
+        """Refuses what would not end: the work on a page grows with the square of its depth."""
 
         def pushTag(self, tag: Tag) -> None:
             """Open an element."""
