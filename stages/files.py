@@ -6,13 +6,14 @@ taken as whole from an earlier run is held against a digest first: downloads by 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from conf.errors import DataError
 
@@ -20,6 +21,8 @@ WRITING = "while writing "
 """Begins the note that an error gets on its way out of `publish`: a full disk does not say which file it had no room for."""
 SEAL = "sealed.json"
 """File in a sealed folder: the digest of the others."""
+DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
+"""Numbers of the errors that say nothing of a file: full, read-only, quota."""
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing", "run `dvc repro`, or `dvc pull` to fetch it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON: {error}", "remove it and run `dvc repro`") from error
 
 
@@ -96,15 +99,15 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file, streamed.
 
     Raises:
-        DataError: the file is missing, or a line is no JSON object; names file and line.
+        DataError: the file is missing, or a line is no JSON object or holds NaN; names file and line.
     """
     if not path.exists():
         raise DataError(f"{path} is missing", "run `dvc repro`, or `dvc pull` to fetch it")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = DECODER.decode(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: no JSON: {error}", "remove the file and run `dvc repro`") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", "each line holds one row as an object")
@@ -126,6 +129,22 @@ def is_sealed(folder: Path) -> bool:
     except DataError:  # half of it
         return False
     return bool(sha256(folder, leave_out=SEAL) == pinned)
+
+
+def refuse_constant(constant: str) -> NoReturn:
+    """NaN and infinities are no JSON."""
+    raise ValueError(f"{constant} is no JSON")
+
+
+def finite(number: str) -> float:
+    """A fraction, if it is no larger than a float can be."""
+    value = float(number)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{number} is too large a number")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite)
 
 
 def sha256(path: Path, leave_out: str = "") -> str:

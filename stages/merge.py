@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import conf
 from conf.errors import ModelError
 from conf.schema import Export
 from stages.convert import copy_tokenizer
-from stages.files import publish, read_json, remove, write_json
+from stages.files import DISK, publish, read_json, remove, write_json
 from stages.run import WORK
 from stages.serve.materialise import Weights
 
@@ -38,24 +40,47 @@ def merge(base: Path, tuned: Path, out: Path) -> int:
         The number of parameters.
 
     Raises:
-        ModelError: there is neither of them, or both.
+        ModelError: there is neither of them, or both; one is damaged; or the adapter is of another base.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    broken = (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, OSError, UserWarning)
+    """What transformers and peft raise for files that are damaged or do not fit."""
     adapter, model = tuned / "adapter", tuned / "model"
     if adapter.is_dir() == model.is_dir():
         raise ModelError(f"{tuned} holds {'both adapter/ and model/' if model.is_dir() else 'neither adapter/ nor model/'}", "run `dvc repro tune`")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base if adapter.is_dir() else model, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    if adapter.is_dir() and not (adapter / "adapter_model.safetensors").is_file():  # peft would take a pickle instead
+        raise ModelError(f"{adapter} has no adapter_model.safetensors", "pickled weights are not loaded: run `dvc repro tune`")
+    source, stage = (base, "select") if adapter.is_dir() else (model, "tune")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False)
+    except broken as error:
+        refuse(f"{source} cannot be loaded", error, f"it was changed or cut short: remove it and run `dvc repro {stage}`")
     if adapter.is_dir():
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, adapter, is_trainable=False, use_safetensors=True).merge_and_unload(safe_merge=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="Found missing adapter keys")  # they would stay as they were before training
+                loaded = PeftModel.from_pretrained(loaded, adapter, is_trainable=False, use_safetensors=True).merge_and_unload(safe_merge=True)
+        except broken as error:
+            refuse(f"{adapter} does not fit {base}", error, "it is damaged, or of another base: remove it and run `dvc repro tune`")
     loaded.save_pretrained(out)
     copy_tokenizer(base, out)
     return int(loaded.num_parameters())
+
+
+def refuse(what: str, error: Exception, remedy: str) -> NoReturn:
+    """Tell what a library said of a file.
+
+    Raises:
+        ModelError: always, but for an error of the disk.
+    """
+    if isinstance(error, OSError) and error.errno in DISK:
+        raise error
+    raise ModelError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:500]}", remedy) from error
 
 
 def merge_exactly(base: Path, adapter: Path, out: Path) -> None:

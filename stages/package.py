@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import conf
-from conf.errors import Held, ModelError
+from conf.errors import DataError, Held, ModelError
 from conf.schema import Package, Serve
 from conf.yaml import read
 from stages import platform
@@ -68,8 +68,12 @@ def check(verdict: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], 
         digest: of the engine folder.
 
     Raises:
+        DataError: one of them is no object.
         Held: there is no passing verdict, or one of the digests is another one.
     """
+    for name, result in {str(VERDICT): verdict, **results}.items():
+        if not isinstance(result, Mapping):
+            raise DataError(f"{name} holds a {type(result).__name__}, not an object", "remove it and run `dvc repro`")
     if verdict.get("promote") is not True:
         raise Held(f"{VERDICT}: the verdict is {verdict.get('outcome')!r}", "only a promoted model is packaged: see its reasons")
     for name, result in {str(VERDICT): verdict, **results}.items():

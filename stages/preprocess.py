@@ -34,7 +34,14 @@ log = logging.getLogger(__name__)
 
 
 def sources(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """The datasets that this stage reads: name -> (path, use)."""
+    """The datasets that this stage reads: name -> (path, use).
+
+    Raises:
+        DataError: the manifest is none.
+    """
+    for name, entry in manifest.items() if isinstance(manifest, dict) else [("it", manifest)]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("use"), str) or not isinstance(entry.get("rows"), int):
+            raise DataError(f"{COLLECTED / 'manifest.json'}: {name} is {str(entry)[:200]}, not {{use, rows, …}}", "remove data/collect and run `dvc repro`")
     return {name: (str(COLLECTED / f"{name}.jsonl"), entry["use"]) for name, entry in manifest.items() if entry["use"] in USES}
 
 

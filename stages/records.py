@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+from conf.errors import DataError
 from stages.files import read_jsonl
 
 
@@ -47,7 +48,33 @@ class Record:
         return dict(vars(self))
 
 
+KINDS = {f.name: {"str": str, "list[Message]": list}.get(str(f.type), dict) for f in fields(Record)}
+"""Field -> type of its values."""
+
+
+def wrong(row: dict[str, Any]) -> str:
+    """Why a row is no record; empty: it is one."""
+    for name in ("id", "source", "licence", "classification"):
+        if name not in row:
+            return f"{name} is missing"
+    for name, value in row.items():
+        if name not in KINDS:
+            return f"{name!r} is no field of a record (those are: {', '.join(KINDS)})"
+        if not isinstance(value, KINDS[name]):
+            return f"{name} is {repr(value)[:100]}, not a {KINDS[name].__name__}"
+    for message in row.get("messages", []):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            return f"a message is {repr(message)[:100]}, not {{role, content}}"
+    return ""
+
+
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a JSONL file, streamed."""
-    for row in read_jsonl(path):
+    """Yield the records of a JSONL file, streamed.
+
+    Raises:
+        DataError: the file is missing, or a line is no record; names file and line.
+    """
+    for number, row in enumerate(read_jsonl(path), 1):
+        if reason := wrong(row):
+            raise DataError(f"{path}:{number}: no record: {reason}", "the file was changed by hand, or is of an older version: remove it and run `dvc repro`")
         yield Record(**row)

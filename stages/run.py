@@ -23,12 +23,12 @@ from tempfile import NamedTemporaryFile, gettempdir
 from typing import TypeVar
 
 from conf.errors import TrunklineError
-from stages.files import WRITING, remove
+from stages.files import DISK, WRITING, remove
 from stages.intact import check_inputs
 
 WORK = Path(".dvc/tmp/trunkline")
 COSTS = WORK / "costs.jsonl"
-DISK = {code: os.strerror(code) for code in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)}
+REFUSALS = [os.strerror(code) for code in sorted(DISK)]
 """What a disk may refuse, and how that reads: libraries often keep only the words."""
 FULL = re.compile("database or disk is full|PytorchStreamWriter failed writing|write failed|Failed to write")
 """How libraries say that a file could not be written without saying why."""
@@ -55,7 +55,7 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 def refusal(said: str) -> str:
     """The disk's words in a library's or a program's message; empty: it says nothing of a disk."""
-    return next((words for words in DISK.values() if words in said), DISK[errno.ENOSPC] if FULL.search(said) else "")
+    return next((words for words in REFUSALS if words in said), os.strerror(errno.ENOSPC) if FULL.search(said) else "")
 
 
 def run(main: Callable[[], None]) -> None:

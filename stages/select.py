@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import conf
-from conf.errors import ModelError, PolicyBreach
+from conf.errors import ModelError, PolicyBreach, SourceError
 from conf.schema import Candidate, Classification, EngineSettings, Limits, Made, Select
 from stages import platform, pretrain, weights
 from stages.files import publish, remove, write_json
 from stages.run import WORK
 from stages.sources import policy
 from stages.sources.fetch import fetch
+from stages.sources.files import TooLarge
 
 OUT = Path("models/select")
 SCRATCH = WORK / "select"
@@ -98,7 +99,13 @@ def prepare(settings: Select, name: str, out: Path) -> int:
     candidate = settings.candidates[name]
     if isinstance(candidate, Made):
         return pretrain.make(candidate, pretrain.read_texts(), settings.dtype, out)
-    files = fetch(name, candidate.origin, retries=settings.retries, timeout=settings.timeout, max_bytes=candidate.bytes)
+    try:
+        files = fetch(name, candidate.origin, retries=settings.retries, timeout=settings.timeout, max_bytes=candidate.bytes)
+    except TooLarge as error:
+        raise SourceError(
+            f"{name} has more bytes than select.candidates.{name}.bytes={candidate.bytes:,} says",
+            "state the right number if you trust the source: the limits are applied to it before anything is fetched",
+        ) from error
     counted = weights.clean(files, candidate.format, settings.dtype, out)
     if abs(counted - candidate.parameters) > TOLERANCE * candidate.parameters:
         raise ModelError(
@@ -165,17 +172,19 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     made_on = platform.record("select", (), "torch")
     remove(SCRATCH)
-    for row in left:
-        log.info("%s: preparing %s parameters", row.candidate, f"{row.parameters:,}")
-        row.parameters = prepare(settings, row.candidate, SCRATCH / row.candidate)
-        row.score, row.stderr = measure(settings, SCRATCH / row.candidate)
-        log.info("%s: %s %.3f ± %.3f", row.candidate, settings.probe.metric, row.score, row.stderr)
-    chosen, why = choose(rows, settings.prefer)
-    chosen.outcome, chosen.reasons = "chosen", [why]
-    with publish(OUT / "base") as base:
-        shutil.move(SCRATCH / chosen.candidate, base)  # models/ may be another disk
-    write_json(OUT / "leaderboard.json", leaderboard(settings, rows, chosen, why, made_on))
-    remove(SCRATCH)
+    try:
+        for row in left:
+            log.info("%s: preparing %s parameters", row.candidate, f"{row.parameters:,}")
+            row.parameters = prepare(settings, row.candidate, SCRATCH / row.candidate)
+            row.score, row.stderr = measure(settings, SCRATCH / row.candidate)
+            log.info("%s: %s %.3f ± %.3f", row.candidate, settings.probe.metric, row.score, row.stderr)
+        chosen, why = choose(rows, settings.prefer)
+        chosen.outcome, chosen.reasons = "chosen", [why]
+        with publish(OUT / "base") as base:
+            shutil.move(SCRATCH / chosen.candidate, base)  # models/ may be another disk
+        write_json(OUT / "leaderboard.json", leaderboard(settings, rows, chosen, why, made_on))
+    finally:
+        remove(SCRATCH)
     log.info(why)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError, DataError, SourceError
+from conf.yaml import refuse_bomb
 from stages.files import read_jsonl
 
 if TYPE_CHECKING:
@@ -89,12 +90,16 @@ def _own() -> Iterator[tuple[str, dict[str, Any]]]:
             tags = [token for token in yaml.scan(path.read_text(encoding="utf-8")) if isinstance(token, yaml.TagToken)]
             if tags:
                 raise ConfigError(f"{path}:{tags[0].start_mark.line + 1}: the tag {''.join(filter(None, tags[0].value))} runs code", REMEDY)
-            included = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("include") or []
+            whole = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            refuse_bomb(whole)
+            if not isinstance(whole, dict):
+                raise ConfigError(f"{path}: holds a {type(whole).__name__}, not a mapping of keys", "see lm-eval's guide to task files")
+            included = whole.get("include") or []
             for name in [included] if isinstance(included, str) else included:
                 if not (path.parent / name).resolve().is_relative_to(TASKS.resolve()):
                     raise ConfigError(f"{path}: include: {name} lies outside of {TASKS}/", "copy what is needed: what is checked here is all that runs")
             content = load_yaml(path, resolve_func=False)
-        except (yaml.YAMLError, UnicodeDecodeError, FileNotFoundError, ValueError) as error:
+        except (yaml.YAMLError, FileNotFoundError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: unreadable task file: {error}", "mend it") from error
         if isinstance(content.get("task"), str):
             yield content["task"], {**content, "path": path}
@@ -114,7 +119,10 @@ def _data_only(own: dict[str, Any]) -> dict[str, Any]:
             "name a file of data/: collect fetches and pins it",
         )
     get_metric("acc")  # fills the registry
-    for entry in content.get("metric_list") or []:
+    metrics = content.get("metric_list") or []
+    if not isinstance(metrics, list) or not all(isinstance(entry, dict) for entry in metrics):
+        raise ConfigError(f"{path}: metric_list is {metrics!r}, not a list of {{metric: …}}", "see lm-eval's guide to task files")
+    for entry in metrics:
         if entry.get("hf_evaluate") or entry.get("metric") not in metric_registry:
             raise ConfigError(
                 f"{path}: metric {entry.get('metric')!r} would be fetched from the hub and run",
@@ -136,7 +144,10 @@ def _reader(name: str, own: dict[str, Any]) -> Callable[..., dict[str, Rows]]:
     read = {}
     for split, listed in splits.items():
         rows = Rows()
-        for file in map(Path, [listed] if isinstance(listed, str) else listed):
+        paths = [listed] if isinstance(listed, str) else listed
+        if not isinstance(paths, list) or not paths or not all(isinstance(file, str) and file for file in paths):
+            raise ConfigError(f"{path}: data_files: {listed!r} is neither a path nor a list of some", "name a file of data/: collect fetches and pins it")
+        for file in map(Path, paths):
             if file.is_absolute() or ".." in file.parts or "://" in str(file) or file.parts[0] != "data":
                 raise ConfigError(f"{path}: data_files: {file} is not under data/", "collect fetches and pins rows; name what it wrote")
             rows += [{field: value for field, value in row.items() if field not in DERIVED} for row in read_jsonl(file)]

@@ -12,9 +12,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from conf.errors import ModelError
+from conf.errors import DataError, ModelError
 from conf.schema import Dtype
 from stages.files import read_json, write_json
 
@@ -25,6 +25,7 @@ PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How torch's archives and pickles begin."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """What they are called."""
+ANEW = "compare its digest with the publisher's, and fetch it anew"
 PLACES = ("_name_or_path", "_model_name_or_path", "_commit_hash", "name_or_path", "quantization_config", "is_local", "local_files_only", "tokenizer_file")
 """Keys of a configuration that say where it was loaded from, or how it was packed."""
 SMOLLM = "smollm"
@@ -124,7 +125,7 @@ def load_gguf(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokeniz
                 output_loading_info=True,
             )
     except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:  # what transformers and gguf raise for a broken file
-        raise ModelError(f"{name} is no GGUF file that transformers can read: {error}", "compare its digest with the publisher's, and fetch it anew") from error
+        raise ModelError(f"{name} is no GGUF file that transformers can read: {error}", ANEW) from error
     refuse_gaps(name, loading)
     if pre_tokenizer(files[0]) == SMOLLM:
         split_digits(tokenizer)
@@ -153,12 +154,44 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
     return type(config).from_dict({key: value for key, value in config.to_dict().items() if key not in PLACES})
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of a base.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        value = read_json(file)
+    except DataError as error:
+        raise ModelError(f"{file.name} is no JSON: {error.what}", ANEW) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file.name} holds a {type(value).__name__}, not an object", ANEW)
+    return value
+
+
+def check_tokenizer(file: Path) -> None:
+    """Read a tokenizer.json.
+
+    Raises:
+        ModelError: it is none.
+    """
+    from tokenizers import Tokenizer
+
+    if "model" not in read_object(file):
+        raise ModelError(f"{file.name} holds no tokenizer", ANEW)
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ModelError(f"{file.name} holds no tokenizer: {error}", ANEW) from error
+
+
 def load_safetensors(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers repository with safetensors, of an architecture that transformers itself has.
 
     Raises:
-        ModelError: a file is missing or cut short, or the repository brings its own code.
+        ModelError: a file is missing, damaged or cut short, or the repository brings its own code.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,13 +199,17 @@ def load_safetensors(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrained
     if not configs:
         raise ModelError(f"no config.json among {len(files)} files", "fetch the whole repository of the base")
     folder = min(configs, key=lambda f: len(f.parts)).parent
-    if "auto_map" in read_json(folder / "config.json"):
+    if "auto_map" in read_object(folder / "config.json"):
         raise ModelError("config.json names code of the repository's own (auto_map), which is never run", "choose a base whose architecture transformers has")
     if not (folder / "tokenizer.json").is_file():
         raise ModelError("the base has no tokenizer.json", "fetch the whole repository; a slow tokenizer alone cannot be served")
+    check_tokenizer(folder / "tokenizer.json")
     weights = [file for file in files if file.suffix == ".safetensors" and file.parent == folder]
     index = folder / "model.safetensors.index.json"
-    wanted = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    listed = read_object(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelError(f"{index.name} names no files of weights", ANEW)
+    wanted = set(listed.values())
     if missing := wanted - {file.name for file in weights}:
         raise ModelError(f"the base has no {', '.join(sorted(missing))}", "fetch the whole repository; pickled weights are not taken instead")
     try:
@@ -182,10 +219,24 @@ def load_safetensors(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrained
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
+                folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refuse_gaps tells them
+            )  # fmt: skip
     except SafetensorError as error:
-        raise ModelError(f"{file.name} is cut short or damaged: {error}", "compare its digest with the publisher's, and fetch it anew") from error
+        raise ModelError(f"{file.name} is cut short or damaged: {error}", ANEW) from error
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # transformers' for a wrong config
+        raise ModelError(
+            f"config.json, tokenizer and weights do not make a model: {' '.join(str(error).split())[:500]}",
+            f"choose a base whose architecture transformers has; if it has this one, {ANEW}",
+        ) from error
     refuse_gaps(folder.name, loading)
     return model, tokenizer
 
@@ -205,7 +256,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtyp
     """Write model and tokenizer as a clean folder; returns the number of parameters.
 
     Raises:
-        ModelError: a weight is not finite, or there is no chat template or end token.
+        ModelError: a weight is not finite, there is no chat template or end token, or the embedding has no row for a token.
     """
     import torch
 
@@ -213,6 +264,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtyp
         raise ModelError("the base has no chat template", "choose an instruction-tuned base, or one with chat_template.jinja")
     if tokenizer.eos_token is None:
         raise ModelError("the base's tokenizer names no end token", "choose a base whose tokenizer_config.json has eos_token")
+    rows, last = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise ModelError(
+            f"the tokenizer has a token {last}, and the embedding {rows} rows", "they are not of one model: fetch both anew, or choose another base"
+        )
     broken = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if broken:
         raise ModelError(

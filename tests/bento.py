@@ -68,3 +68,7 @@ def packaged() -> Path:
     done = package(folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+if __name__ == "__main__":  # for tests that leave torch to another process
+    repository(Path.cwd())

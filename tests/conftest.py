@@ -55,17 +55,22 @@ policy:
 }
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A checkout with the real conf/*.py and a small set of YAML files; returns its root."""
-    conf = tmp_path / "conf"
+def small_checkout(root: Path) -> Path:
+    """Write the real conf/*.py and a small set of YAML files; returns the root."""
+    conf = root / "conf"
     conf.mkdir()
     for file in (ROOT / "conf").glob("*.py"):
         shutil.copy(file, conf)
     for name, text in SMALL.items():
         (conf / name).parent.mkdir(exist_ok=True)
         (conf / name).write_text(text.lstrip(), encoding="utf-8")
-    return tmp_path
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A small checkout of its own."""
+    return small_checkout(tmp_path)
 
 
 @pytest.fixture

@@ -38,3 +38,7 @@ def tiny_llama(folder: Path, seed: int = 0, template: str = TEMPLATE, dtype: str
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":  # for tests that leave torch to another process
+    tiny_llama(Path("hf"))

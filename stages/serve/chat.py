@@ -93,7 +93,7 @@ class Chat:
         copied = json.loads(json.dumps([dict(message) for message in messages]))  # plain data: nothing for a template to call
         try:
             return self._compiled.render(messages=copied, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # the others: of what it does to a value
             raise ModelError(f"the chat template refuses the conversation: {error}", "check the roles and their order") from error
 
     def prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:

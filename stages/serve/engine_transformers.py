@@ -29,9 +29,10 @@ class TransformersEngine:
         """Load the weights in the type of `settings.quantization`.
 
         Raises:
-            ModelError: no safetensors in the folder, or an integer quantization.
+            ModelError: no safetensors in the folder, or damaged ones, or an integer quantization.
         """
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         if settings.quantization not in ("float32", "bfloat16", "float16"):
@@ -44,9 +45,12 @@ class TransformersEngine:
         self.chat = Chat(folder)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._settings = settings
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, settings.quantization), use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, settings.quantization), use_safetensors=True, trust_remote_code=False, local_files_only=True
+            )
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{folder} does not load: {' '.join(str(error).split())[:500]}", "remove it and run `dvc repro export`, or `dvc pull`") from error
         self._model = model.to(self._device).eval()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import DigestMismatch, SourceError
-from stages.files import sha256
+from stages.files import DISK, sha256
 from stages.run import WORK, progress
 from stages.sources.files import too_large
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 DOWNLOADS = WORK / "downloads"
 CHUNK = 1 << 20
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,13 @@ from conf.errors import DigestMismatch, SourceError
 from stages.files import sha256
 
 
-def too_large(what: str, max_bytes: int) -> SourceError:
+class TooLarge(SourceError):
+    """A source beyond its limit; a caller whose limit has another name says so with `what`."""
+
+
+def too_large(what: str, max_bytes: int) -> TooLarge:
     """The error for a source beyond the limit."""
-    return SourceError(f"{what} has more than collect.max_source_bytes={max_bytes}", "raise the limit if the size is right; otherwise do not trust the source")
+    return TooLarge(f"{what} has more than collect.max_source_bytes={max_bytes}", "raise the limit if the size is right; otherwise do not trust the source")
 
 
 def matching(name: str, pattern: str) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -42,6 +42,8 @@ BLOCKS = [
     "tr",
     "ul",
 ]
+DEEPEST = 1000
+"""Elements within each other; a page of unclosed <p> reaches hundreds, a browser stops at 512."""
 UNSEEN = ["script", "style", "template", "noscript", "head"]
 
 
@@ -68,11 +70,23 @@ def html_rows(name: str, page: str, rows_at: str | None, fields: dict[str, str])
 
     Raises:
         ConfigError: a selector is no CSS.
+        DataError: elements are nested without end.
     """
     from bs4 import BeautifulSoup
     from soupsieve import SelectorSyntaxError
 
-    soup = BeautifulSoup(page, "html.parser")
+    class Page(BeautifulSoup):
+        """Refuses what would not end: the work on a page grows with the square of its depth."""
+
+        def pushTag(self, tag: Tag) -> None:
+            """Open an element."""
+            if len(self.tagStack) > DEEPEST:
+                raise DataError(
+                    f"{name}: elements nested more than {DEEPEST} deep, the last is <{tag.name}>", "this is no page for people: mend it, or leave it out"
+                )
+            super().pushTag(tag)
+
+    soup = Page(page, "html.parser")
     title = soup.title.get_text(strip=True) if soup.title else ""
     for element in soup.find_all(UNSEEN):
         element.decompose()

@@ -11,15 +11,19 @@ import uuid
 from conf.errors import DataError
 from stages.files import canonical
 
+DEEPEST = 100
+"""Lists and objects within each other that a value may have: every later stage walks them."""
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
-def plain(value: object, where: str) -> object:
+def plain(value: object, where: str, depth: int = 0) -> object:
     """The value as JSON knows it: NaN is null, dates are ISO 8601, decimals and UUIDs are text.
 
     Raises:
-        DataError: NUL or half a surrogate pair in a text, an infinite number, bytes, or a type without a text form.
+        DataError: it is nested too deep; NUL or half a surrogate pair in a text, an infinite number, bytes, or a type without a text form.
     """
+    if depth > DEEPEST:
+        raise DataError(f"{where}: lists or objects nested more than {DEEPEST} deep", "this is no row: check `format` and `rows_at`, or flatten the source")
     match value:
         case None | bool() | int():
             return value
@@ -38,9 +42,9 @@ def plain(value: object, where: str) -> object:
         case decimal.Decimal() | uuid.UUID() | datetime.timedelta():
             return str(value)
         case dict():
-            return {str(plain(str(key), where)): plain(item, where) for key, item in value.items()}
+            return {str(plain(str(key), where)): plain(item, where, depth + 1) for key, item in value.items()}
         case list() | tuple():
-            return [plain(item, where) for item in value]
+            return [plain(item, where, depth + 1) for item in value]
     raise DataError(f"{where}: a value of type {type(value).__name__} is no text", "leave the column out of the source, or store it as text")
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 from conf.errors import ConfigError, DataError
 from conf.schema import Dataset
-from stages.files import canonical
+from conf.yaml import refuse_bomb
+from stages.files import canonical, refuse_constant
 from stages.sources.html import html_rows
 from stages.sources.plain import as_text, plain
 from stages.sources.text import COMPRESSED, File
@@ -33,6 +35,12 @@ SUFFIXES = {
     ".html": "html",
     ".htm": "html",
 }
+
+TABLES = ("csv", "parquet")
+"""Formats whose files say which columns they have."""
+FRONT = re.compile(r"---\r?\n(.*?\r?\n)---\r?\n", re.DOTALL)
+LISTED = 30
+"""Most names that a message lists."""
 
 Columns = dict[str, object]
 Located = Iterator[tuple[str, Columns]]
@@ -70,14 +78,21 @@ def format_of(dataset: Dataset, name: str) -> str:
     return found
 
 
+def unique(pairs: list[tuple[str, object]]) -> Columns:
+    """The object of some pairs; JSON's own reader would keep the last of two values without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=unique)
+
+
 def parse(file: File, text: str, line: int) -> object:
-    """JSON without NaN."""
-
-    def refuse(number: str) -> NoReturn:
-        raise ValueError(f"{number} is no JSON")
-
+    """JSON without NaN and without a key given twice."""
     try:
-        return json.loads(text, parse_constant=refuse)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file.name}:{line}: no JSON: {error}", "mend the line; a file that was cut short ends like this") from error
 
@@ -89,6 +104,12 @@ def columns(file: File, value: object, where: str) -> Columns:
     if not isinstance(value, dict):
         raise DataError(f"{where}: a {type(value).__name__}, neither an object nor a text", "check `format` and `rows_at`")
     return value
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some names for people: not a million of them."""
+    found = [name[:50] for name in islice(names, LISTED + 1)]
+    return ", ".join(found[:LISTED]) + (", …" if len(found) > LISTED else "")
 
 
 def jsonl_rows(file: File) -> Located:
@@ -103,13 +124,13 @@ def at(file: File, value: object, path: list[str], done: str = "") -> Iterator[o
     """The items under a dotted key; `*` takes every key."""
     if not path:
         if not isinstance(value, list):
-            keys = f"; it has the keys {', '.join(value)}" if isinstance(value, dict) else ""
+            keys = f"; it has the keys {listed(value)}" if isinstance(value, dict) else ""
             raise DataError(f"{file.name}: {done or 'the file'} is no array of rows", f"set `rows_at` to the key of one{keys}")
         yield from value
         return
     head, *rest = path
     if not isinstance(value, dict) or (head != "*" and head not in value):
-        keys = f"it has the keys {', '.join(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
+        keys = f"it has the keys {listed(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
         raise DataError(f"{file.name}: nothing at rows_at={file.dataset.rows_at}", f"{done or 'at the top'} {keys}")
     for key in value if head == "*" else [head]:
         yield from at(file, value[key], rest, f"{done}.{key}".lstrip("."))
@@ -145,11 +166,17 @@ def csv_rows(file: File) -> Located:
             if not header:
                 header = values
                 if len(set(header)) < len(header):
-                    raise DataError(f"{where}: the header names a column twice: {', '.join(header)}", "rename one of them")
-            elif len(values) > len(header):
-                raise DataError(f"{where}: {len(values)} values under {len(header)} columns", "quote the values that hold a comma")
+                    twice = Counter(header).most_common(1)[0][0]
+                    raise DataError(f"{where}: the header names a column twice: {twice!r}, in {listed(header)}", "rename one of them")
+            elif values and len(values) != len(header):
+                remedy = (
+                    "quote the values that hold a comma"
+                    if len(values) > len(header)
+                    else "write out its empty values; a file that was cut short ends like this"
+                )
+                raise DataError(f"{where}: {len(values)} values under {len(header)} columns", remedy)
             elif values:
-                yield where, dict(zip(header, values, strict=False))
+                yield where, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise DataError(f"{file.name}:{line}: no CSV: {error}", "mend the quotes; a file that was cut short ends like this") from error
 
@@ -168,7 +195,7 @@ def parquet_rows(file: File) -> Located:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file.name}: row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: a date that Python has not
         raise DataError(f"{file.name}: no Parquet: {error}", "the file is damaged or cut short, or `format` is wrong") from error
 
 
@@ -188,19 +215,20 @@ def markdown_rows(file: File) -> Located:
     """The whole file as one text; a YAML front matter gives columns."""
     text = file.text(file.max_row_bytes)
     front: object = {}
-    head, mark, body = text.removeprefix("---\n").partition("\n---\n")
-    if text.startswith("---\n") and mark:
+    found = FRONT.match(text)
+    if found:
         from ruamel.yaml import YAML
         from ruamel.yaml.error import YAMLError
 
         try:
-            front = YAML(typ="safe", pure=True).load(head)
-        except YAMLError as error:
+            front = YAML(typ="safe", pure=True).load(found[1])
+            refuse_bomb(front)
+        except (YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that Python has not
             raise DataError(f"{file.name}:1: the front matter is no YAML: {error}", "mend it, or remove it") from error
-        text = body
+        text = text[found.end() :]
     if not isinstance(front, dict):
         raise DataError(f"{file.name}:1: the front matter is a {type(front).__name__}, not `key: value` lines", "mend it, or remove it")
-    yield file.name, {**front, "text": text.strip("\n"), "file": file.name}
+    yield file.name, {**front, "text": text.strip("\r\n"), "file": file.name}
 
 
 def page_rows(file: File) -> Located:
@@ -250,15 +278,16 @@ def read(files: list[File]) -> Iterator[Row]:
     """Yield the rows of a dataset's files, in their order, up to its `limit`.
 
     Raises:
-        DataError: a row is damaged, or no row has a column that `fields` names; names file and line.
+        DataError: a row is damaged, or no row has a column that `fields` names (in a table: no row of that file); names file and line.
         ConfigError: the format or encoding is unknown.
     """
-    seen: set[str] = set()
+    seen: dict[str, set[str]] = {}
     sought: dict[str, str] = {}
     for file, mapping, where, found in islice(located(files), files[0].dataset.limit):
         sought |= {"text": "text"} | mapping
-        seen |= found.keys()
+        seen.setdefault(file.name if format_of(file.dataset, file.name) in TABLES else "", set()).update(found)
         yield row(file, where, found, mapping)
-    missing = sorted(f"{field}: {column}" for field, column in sought.items() if column not in seen)
-    if missing and seen:
-        raise DataError(f"{files[0].name}: no column for fields.{', fields.'.join(missing)}", f"name one of its columns: {', '.join(sorted(seen))}")
+    for name, columns in seen.items():
+        missing = sorted(f"{field}: {column}" for field, column in sought.items() if column not in columns)
+        if missing:
+            raise DataError(f"{name or files[0].name}: no column for fields.{', fields.'.join(missing)}", f"name one of its columns: {listed(sorted(columns))}")

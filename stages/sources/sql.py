@@ -29,8 +29,10 @@ def rows(name: str, origin: SqlSource, retries: int) -> Iterator[dict[str, objec
     if not url:
         raise SourceError(f"{name}: the environment variable {origin.url_env} is not set", "set it to the SQLAlchemy URL of the database")
     statement = sa.select(sa.text("*")).select_from(sa.text(f"({origin.query.strip().rstrip(';')}\n) AS rows_")).order_by(sa.column(origin.order_by))
+    refusals: tuple[type[Exception], ...] = (sa.exc.SQLAlchemyError,)
     try:
         engine = sa.create_engine(url, hide_parameters=True)
+        refusals += (engine.dialect.loaded_dbapi.Warning,)  # PEP 249: no Error, and so not wrapped; SQLite's for a second statement
         connect = Retrying(
             stop=stop_after_attempt(retries + 1),
             wait=wait_exponential(multiplier=0.5, max=30.0),
@@ -48,7 +50,7 @@ def rows(name: str, origin: SqlSource, retries: int) -> Iterator[dict[str, objec
         engine.dispose()
     except ModuleNotFoundError as error:
         raise SourceError(f"{name}: the driver {error.name} of {origin.url_env} is not installed", f"pip install {error.name}") from error
-    except sa.exc.SQLAlchemyError as error:
+    except refusals as error:
         said = str(getattr(error, "orig", None) or error).split("\n")[0].replace(url, f"${origin.url_env}")
         raise SourceError(f"{name}: the database of {origin.url_env} refuses: {said}", "check the URL, the network and the query") from error
 

@@ -39,14 +39,20 @@ class File:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Open it, decompressed if its name ends in .gz, .bz2, .xz or .zst."""
+        """Open it, decompressed if its name ends in .gz, .bz2, .xz or .zst.
+
+        Raises:
+            DataError: it cannot be decompressed.
+        """
         import fsspec
 
         compression = COMPRESSED.get(Path(self.name).suffix.lower())
         try:
             with fsspec.open(str(self.path), "rb", compression=compression) as stream:
                 yield stream
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of gzip, bz2 and zstandard have no number
+                raise
             raise DataError(f"{self.name}: cannot be decompressed: {error}", "the file is damaged or cut short") from error
 
     def decode(self, data: bytes, line: int, offset: int) -> str:
@@ -60,8 +66,8 @@ class File:
                 f"{self.name}:{at_line}: byte {offset + error.start} (0x{data[error.start]:02x}) is not {encoding}",
                 "name the file's encoding in `encoding`, or mend the file",
             ) from error
-        except LookupError as error:
-            raise ConfigError(f"{self.name}: encoding {encoding!r} is unknown", "name one that Python knows, as utf-8, latin-1 or cp1252") from error
+        except (LookupError, UnicodeError) as error:  # of no codec, or of one that is for something else than texts (`idna`, `undefined`)
+            raise ConfigError(f"{self.name}: encoding {encoding!r} is unknown: {error}", "name one that Python knows, as utf-8, latin-1 or cp1252") from error
         before, nul, _ = text.partition("\0")
         if nul:
             raise DataError(

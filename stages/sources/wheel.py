@@ -5,15 +5,17 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import logging
+import lzma
 import shutil
 import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from conf.errors import DigestMismatch, SourceError
-from stages.files import publish, sha256
+from stages.files import DISK, publish, sha256
 from stages.run import WORK, scratch
 from stages.sources.download import DOWNLOADS
 from stages.sources.files import too_large
@@ -94,12 +96,14 @@ def chosen(name: str, archive: zipfile.ZipFile, member: str, max_bytes: int) -> 
     """The members that a path or glob names, sorted, of which each is safe to unpack.
 
     Raises:
-        SourceError: none matches; one climbs, is a link or a pickle; or they are larger than the limit.
+        SourceError: none matches; one climbs, is a link, a pickle or there twice; or they are larger than the limit.
     """
     entries = sorted((entry for entry in archive.infolist() if not entry.is_dir() and matches(entry.filename, member)), key=lambda entry: entry.filename)
     if not entries:
         raise SourceError(f"{name}: the wheel has no member {member}", "`python -m zipfile -l <wheel>` lists its members")
-    for entry in entries:
+    for entry, next_one in zip(entries, [*entries[1:], None], strict=True):
+        if next_one is not None and next_one.filename == entry.filename:
+            raise SourceError(f"{name}: the wheel holds {entry.filename} twice", "do not trust this wheel: readers differ in which of the two they see")
         path = PurePosixPath(entry.filename)
         if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in path.parts[0] or stat.S_ISLNK(entry.external_attr >> 16):
             raise SourceError(f"{name}: the wheel's member {entry.filename!r} leads out of its folder", "do not trust this wheel")
@@ -127,6 +131,8 @@ def unpack(name: str, wheel: Path, pinned: str, member: str, max_bytes: int) -> 
                     if left < 0:
                         raise too_large(f"{name}: {member}, unpacked,", max_bytes)
                 unpacked.append(target)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
         raise SourceError(f"{name}: the wheel cannot be unpacked: {error}", "do not trust this wheel") from error
     return unpacked

@@ -72,7 +72,7 @@ class FormatChat(Filter):
             self.templates = {k: compile_template(getattr(self.settings, k), k) for k in ("prompt", "completion")}
         try:
             return self.templates[key].render({field: row[field] for field in FIELDS})
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # the others: of what it does to a value
             raise ConfigError(f"preprocess.chat.{key} fails on {row['source']}/{row['id']}: {error}", f"its fields are {', '.join(FIELDS)}") from error
 
     def reason(self, doc: Document) -> str | None:

@@ -143,7 +143,9 @@ def execute(steps: Sequence[PipelineStep], tasks: int, settings: Preprocess, log
     if settings.executor == "slurm":
         wait_for_slurm(executor)
     if missing := executor.get_incomplete_ranks(skip_completed=True):
-        raise DataError(f"{len(missing)} of {tasks} tasks of {logs.name} failed, the first is {missing[0]}", f"read {logs}/logs/task_{missing[0]:05d}.log")
+        written = logs / "logs" / f"task_{missing[0]:05d}.log"
+        said = written.read_text(encoding="utf-8", errors="replace")[-2000:].strip() if written.exists() else "it wrote none"
+        raise DataError(f"{len(missing)} of {tasks} tasks of {logs.name} failed; the log of task {missing[0]} ends:\n{said}", "mend that, and run `dvc repro`")
 
 
 def wait_for_slurm(executor: PipelineExecutor) -> None:

@@ -12,6 +12,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from conf.errors import DataError
+from stages.files import DECODER
 from stages.steps.rows import LONG_NUMBER, STRINGS, Row, to_document
 from stages.steps.tally import write_tally
 
@@ -60,7 +61,7 @@ def read_share(path: Path, share: int, shares: int) -> Iterator[Row]:
             line = file.readline()
             try:
                 row = parse(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 remedy = "the file is truncated or garbled; remove it and run `dvc repro`"
                 raise DataError(f"{path}:{line_number(path, at)}: {error}", remedy) from error
             yield row
@@ -99,22 +100,6 @@ def parse_slowly(line: bytes) -> Any:
     if "\\ud" in text or "\\uD" in text:
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return value
-
-
-def refuse(constant: str) -> None:
-    """NaN and infinities are no JSON."""
-    raise ValueError(f"{constant} is no JSON")
-
-
-def finite(number: str) -> float:
-    """A fraction, if it is no larger than a float can be."""
-    value = float(number)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{number} is too large a number")
-    return value
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse, parse_float=finite)
 
 
 def line_number(path: Path, offset: int) -> int:
