@@ -177,7 +177,7 @@ def test_the_model_card_survives_odd_text() -> None:
     card = ModelCard(model_card(
         settings, digest="d", manifest={"one": row}, leaderboard=read_json(models / "select/leaderboard.json"),
         scores={"tasks": {"t": {"score": None, "stderr": None, "n": 0, "metric": "acc"}}}, redteam={}, verdict={"outcome": "promote"},
-        export=read_json(models / "export/summary.json"),
+        export=read_json(models / "export/summary.json"), platforms={},
     ))  # fmt: skip
     assert card.data.license == "other" and card.data.license_name == "LicenseRef-House"
     assert "a\\|b c" in card.text and "| t | acc | - | - | - | - | 0 |" in card.text
