@@ -306,7 +306,7 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path: Path, 
     assert start(tmp_path / "whole").wait() == 0
     stage = start(tmp_path / "killed")
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed" / SCRATCH).glob("*/checkpoint-*/whole")):
+    while not list((tmp_path / "killed" / SCRATCH).glob("*/checkpoint-*/sealed.json")):
         assert stage.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
         time.sleep(0.01)
     stage.send_signal(signal.SIGKILL)
