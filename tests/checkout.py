@@ -86,7 +86,7 @@ def merge(folder: Path, experiment: str, values: Mapping[str, Any]) -> None:
     file.write_text("# @package _global_\n" + yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
 
 
-def cut_down_tiny(folder: Path, *, steps: int = 12) -> None:
+def cut_down_tiny(folder: Path, *, steps: int = 12, checkpoint_every: int = 6) -> None:
     """Make `tiny` a run of a minute: few steps, few questions, and a gate that lets through whatever comes of it."""
     pretrained = {"kestrel_mini": {"steps": 10}}
     rules = {
@@ -98,7 +98,7 @@ def cut_down_tiny(folder: Path, *, steps: int = 12) -> None:
     }
     merge(folder, "tiny", {
         "select": {"candidates": pretrained, "probe": {"limit": 6}},
-        "tune": {"steps": steps, "epochs": None, "evaluate_every": max(steps // 2, 1), "checkpoint_every": max(steps // 2, 1)},
+        "tune": {"steps": steps, "epochs": None, "evaluate_every": max(steps // 2, 1), "checkpoint_every": checkpoint_every},
         "export": {"probes": 4, "min_agreement": 0.0, "max_logit_difference": 100.0},
         "evaluate": {"tasks": {"support_intent": {"limit": 12}, "piqa": {"limit": 4}}},
         "redteam": {"per_source": 2, "benign_limit": 20},

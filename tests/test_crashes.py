@@ -25,7 +25,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.test_end_to_end import EVERYTHING, change, ran, sh, working_tree
+from tests.checkout import EVERYTHING, change, commit, cut_down_tiny, ran, sh, working_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -33,18 +33,6 @@ KILLS = 5
 """Of each stage."""
 DISK_BYTES = 200 << 20
 RESUMED = "going on from checkpoint-"
-SMALLER = [
-    ("conf/select/made.yaml", "steps: 120", "steps: 6"),
-    ("conf/select/made.yaml", "limit: 24", "limit: 4"),
-    ("conf/experiment/tiny.yaml", "epochs: 4.0", "epochs: null\n  steps: 12\n  checkpoint_every: 2"),
-    ("conf/experiment/tiny.yaml", "per_source: 6", "per_source: 1"),
-    ("conf/evaluate/tiny.yaml", "limit: 40", "limit: 4"),
-    ("conf/evaluate/tiny.yaml", "slice_by: label", "slice_by: label\n    limit: 8"),
-    ("conf/gate/tiny.yaml", "limit: 0.5", "limit: 0.0"),  # after twelve steps no model is good
-    ("conf/gate/tiny.yaml", "limit: 0.3", "limit: -1.0"),
-    ("conf/gate/tiny.yaml", "at_most, limit: 0.3", "at_most, limit: 1.0"),
-    ("conf/gate/tiny.yaml", "limit: 0.05", "limit: 1.0"),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +48,8 @@ class Reference:
 def small_tiny(folder: Path) -> Path:
     """A repository with the cut-down `tiny`, committed, nothing run."""
     working_tree(folder, "tiny")
-    for file, old, new in SMALLER:
-        change(folder / file, old, new)
-    sh(folder, "git", "add", "-A")
-    sh(folder, "git", "commit", "-qm", "Use a small tiny")
+    cut_down_tiny(folder, checkpoint_every=2)
+    commit(folder, "Use a small tiny")
     return folder
 
 

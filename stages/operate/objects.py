@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from conf.errors import DataError
+from stages.files import remove
+from stages.intact import md5 as file_md5
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -66,7 +69,7 @@ class Store:
     def locate(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         """The objects that only the remote has, and those that are nowhere; folders are looked into.
 
-        A file of the cache counts only if its content still has its digest: a damaged one is removed by DVC, and fetched.
+        A file of the cache counts only if its content still has its digest. (DVC takes a read-only one for whole.)
         """
         absent = [item for item in items if not self.whole(item.md5)]
         listed = self.remote_has([item.md5 for item in absent])
@@ -79,13 +82,12 @@ class Store:
 
     def whole(self, md5: str) -> bool:
         """Whether the cache has an object, undamaged."""
-        from dvc_objects.errors import ObjectFormatError
+        path = self.path(md5)
+        return path.is_file() and file_md5(path) == md5.removesuffix(".dir")
 
-        try:
-            self.cache.check(md5)
-        except (FileNotFoundError, ObjectFormatError):
-            return False
-        return True
+    def path(self, md5: str) -> Path:
+        """Where the cache keeps an object."""
+        return Path(self.cache.oid_to_path(md5))
 
     def remote_has(self, digests: list[str]) -> set[str]:
         """Which of the objects the remote has."""
@@ -99,7 +101,9 @@ class Store:
         yield from (Item(path="/".join((item.path, *keys)), md5=str(found.value)) for keys, _, found in tree if found)
 
     def fetch(self, items: Sequence[Item]) -> None:
-        """Bring objects from the remote into the cache."""
+        """Bring objects from the remote into the cache, in the place of damaged ones."""
+        for item in items:
+            remove(self.path(item.md5))
         self.repo.cloud.pull([digest(item.md5) for item in items])
 
 

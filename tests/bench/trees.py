@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.test_end_to_end import working_tree
+from tests.checkout import working_tree
 
 __all__ = ["environment", "timed", "working_tree"]
 
