@@ -152,9 +152,9 @@ def main() -> None:
 
     made_on = platform.record("tune", ("select",), "torch")
     folder = SCRATCH / digest(settings)
-    draw([], folder / "live")  # what keeps DVCLive from starting stops here, before anything is trained
     with quiet():
         trainer = build(settings, BASE, [split_turns(r, chat) for r in train], [split_turns(r, chat) for r in validation], folder)
+        draw([], folder / "live")  # what keeps DVCLive from starting stops here, before anything is trained
         checkpoint = last_whole(folder)
         if checkpoint:
             log.info("going on from %s", checkpoint.name)

@@ -281,7 +281,7 @@ def test_a_repository_without_a_commit_stops_before_training(repository: Path, m
 
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=repository, check=True)
-    monkeypatch.setattr(stages.training, "build", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(stages.training.Trainer, "train", lambda *_, **__: pytest.fail("it trained"))
     with pytest.raises(DataError, match=r"DVCLive.*\n.*commit first"):
         tune.main()
 
