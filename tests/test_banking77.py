@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stages.files import read_json, read_jsonl
-from tests.conftest import ROOT
 from tests.checkout import EVERYTHING, change, ran, sh, working_tree
+from tests.conftest import ROOT
 
 DIGESTS = ("b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b", "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d")
 MIRROR = Path(os.environ.get("TRUNKLINE_MIRROR", ROOT.parent / "shared" / "mirror"))

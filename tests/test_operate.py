@@ -129,3 +129,11 @@ def test_costs_are_the_last_run_of_each_stage_in_pipeline_order(tmp_path: Path) 
     rows = [("tune", 3.0), ("collect", 1.0), ("tune", 2.0)]
     path.write_text("".join(json.dumps({"stage": s, "seconds": t, "peak_bytes": 1, "at": 0}) + "\n" for s, t in rows))
     assert [(c["stage"], c["seconds"]) for c in costs(path)] == [("collect", 1.0), ("tune", 2.0)]
+
+
+def test_a_locale_without_an_arrow_stops_no_command(small: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-m", "stages.operate.cli", "use", "adapter"]
+    done = subprocess.run(command, cwd=small, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"default ? adapter" in done.stdout

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check failed, 2 the configuration or the command line is
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -81,6 +82,8 @@ def rollback(
 
 def main() -> None:
     """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow must not stop a command where the locale has none
     try:
         if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and not Path("conf/config.yaml").exists():
             raise ConfigError(f"{Path.cwd()} holds no conf/config.yaml", "run `trunkline` in the root of a Trunkline checkout")
