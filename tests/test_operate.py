@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError, DataError
-from stages.operate.summary import costs, gather
+from stages.operate.summary import costs, gather, one_line
 from stages.operate.use import use
 from tests.conftest import ROOT
 
@@ -129,6 +129,11 @@ def test_costs_are_the_last_run_of_each_stage_in_pipeline_order(tmp_path: Path) 
     rows = [("tune", 3.0), ("collect", 1.0), ("tune", 2.0)]
     path.write_text("".join(json.dumps({"stage": s, "seconds": t, "peak_bytes": 1, "at": 0}) + "\n" for s, t in rows))
     assert [(c["stage"], c["seconds"]) for c in costs(path)] == [("collect", 1.0), ("tune", 2.0)]
+
+
+def test_an_answer_is_shown_on_one_line() -> None:
+    assert one_line("order_status\n\nSorry about the wait.\n") == "order_status / Sorry about the wait."
+    assert one_line("\n\n \n") == "(only blanks)"
 
 
 def test_a_locale_without_an_arrow_stops_no_command(small: Path) -> None:

@@ -94,6 +94,11 @@ def elsewhere(platforms: Mapping[str, platform.Platform]) -> list[str]:
     return [f"{', '.join(stages)}: {'; '.join(found)}" for stages, made_on in platform.grouped(platforms) if (found := platform.differences(here, made_on))]
 
 
+def one_line(answer: str) -> str:
+    """An answer's lines side by side; an answer of blanks is called so."""
+    return " / ".join(line.strip() for line in answer.splitlines() if line.strip()) or "(only blanks)"
+
+
 def show(as_json: bool = False) -> None:
     """Print the summary."""
     summary = gather()
@@ -135,8 +140,8 @@ def show(as_json: bool = False) -> None:
     console.print("\nThree answers")
     for answer in summary["answers"]:
         console.print(f"  [dim]customer[/] {escape(' '.join(answer['prompt'].split()))}")
-        console.print(f"  [dim]base    [/] {escape(' / '.join(answer['base'].split(chr(10))))}")
-        console.print(f"  [dim]tuned   [/] {escape(' / '.join(answer['tuned'].split(chr(10))))}\n")
+        console.print(f"  [dim]base    [/] {escape(one_line(answer['base']))}")
+        console.print(f"  [dim]tuned   [/] {escape(one_line(answer['tuned']))}\n")
 
     table = Table(title="Time and memory of each stage, when it last ran", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("stage", "seconds", "peak memory"):
