@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 from conf.errors import DigestMismatch, SourceError
@@ -59,32 +60,23 @@ def snapshot(name: str, origin: HubSource, *, retries: int, timeout: float, max_
         reraise=True,
         retry=retry_if_exception_type((httpx2.TransportError, TimeoutError, LocalEntryNotFoundError)),  # the last: out of reach, and not in the cache
     )
+    snapshot = partial(
+        snapshot_download,
+        origin.repo,
+        repo_type=origin.repo_type,
+        revision=origin.revision,
+        allow_patterns=origin.files,
+        ignore_patterns=ignore,
+        etag_timeout=timeout,
+    )
     try:
         try:
-            plan = snapshot_download(
-                origin.repo,
-                repo_type=origin.repo_type,
-                revision=origin.revision,
-                allow_patterns=origin.files,
-                ignore_patterns=ignore,
-                etag_timeout=timeout,
-                dry_run=True,
-            )
+            plan = snapshot(dry_run=True)
         except DryRunError:  # the hub is out of reach: what the cache holds may do
             plan = []
         if sum(file.file_size or 0 for file in plan if isinstance(file, DryRunFileInfo)) > max_bytes:
             raise too_large(f"{name}: {address}", max_bytes)
-        folder = Path(
-            again(
-                snapshot_download,
-                origin.repo,
-                repo_type=origin.repo_type,
-                revision=origin.revision,
-                allow_patterns=origin.files,
-                ignore_patterns=ignore,
-                etag_timeout=timeout,
-            )
-        )
+        folder = Path(again(snapshot))
     except (OSError, httpx2.HTTPError) as error:
         raise SourceError(
             f"{name}: the {origin.repo_type} {address} cannot be fetched from the hub: {' '.join(str(error).split())[:300]}",
