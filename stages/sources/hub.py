@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from conf.errors import DigestMismatch, SourceError
 from conf.schema import HubSource
@@ -60,7 +62,7 @@ def snapshot(name: str, origin: HubSource, *, retries: int, timeout: float, max_
         reraise=True,
         retry=retry_if_exception_type((httpx2.TransportError, TimeoutError, LocalEntryNotFoundError)),  # the last: out of reach, and not in the cache
     )
-    snapshot = partial(
+    snapshot: Callable[..., Any] = partial(  # its result depends on dry_run
         snapshot_download,
         origin.repo,
         repo_type=origin.repo_type,
