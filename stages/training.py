@@ -75,6 +75,10 @@ def order(lengths: list[int], per_step: int, steps: int, seed: int, group: bool)
 class Checkpoints(TrainerCallback):  # type: ignore[misc]  # transformers has none here
     """Mark a checkpoint as whole once everything in it is written, and tell how the run goes."""
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log before a checkpoint: the trainer keeps the losses since its last line in memory only, and a resumed run would not have them."""
+        control.should_log = control.should_log or control.should_save
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal it."""
         seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")

@@ -318,7 +318,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     "values",
     [
-        replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=Lora(rank=2, dropout=0.2), accumulate=2),
+        replace(SETTINGS, steps=40, checkpoint_every=4, log_every=3, evaluate_every=5, lora=Lora(rank=2, dropout=0.2), accumulate=2),
         replace(SETTINGS, steps=40, checkpoint_every=4, evaluate_every=5, lora=None, batch=3, early_stopping=EarlyStopping(patience=50)),
     ],
 )
