@@ -114,7 +114,8 @@ def recover(folder: Path, stage: str) -> str:
     before = EVERYTHING[: EVERYTHING.index(stage)]
     if locked_stages(folder)[: len(before)] == before:
         return "nothing"
-    assert set(ran(sh(folder, *REPRO, before[-1]))) <= {"compose", stage}, "what had been done came from the cache"
+    for earlier in before:  # one by one: for a target alone DVC takes another order, which dvc.lock would keep
+        assert set(ran(sh(folder, *REPRO, "--single-item", earlier))) <= {"compose"}, "what had been done came from the cache"
     return "trunkline repro"
 
 
