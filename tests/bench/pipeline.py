@@ -11,15 +11,16 @@ PYTHONPROFILEIMPORTTIME, in a run of its own, says what of it are imports; what 
 The no-op: eleven stages with one dependency and one output each, `cp` from one to the next, beside ours after a whole run.
 
 Found by profiling, in seconds of one core:
-- DVC reads params.yaml once for each stage of a no-op and three times for each stage that runs, and dvc.lock before and after, all
-  with ruamel in Python: 0.04 for each params.yaml, 0.14 to read and 0.32 to rewrite 2,574 lines of dvc.lock
-- package's parameters were all of params.yaml, a third of dvc.lock; as a dependency on the file they are four lines: 0.1 less for
-  each stage that runs, 0.07 less of a no-op's 1.58 (the bare one: 0.65)
+- DVC reads params.yaml once for each stage of a no-op and three times for each stage that runs, and dvc.lock before and after. In
+  Python that is 0.04 for each params.yaml, 0.14 to read and 0.32 to rewrite 2,574 lines of dvc.lock; with ruamel.yaml.clib
+  installed, ruamel reads in C: a no-op of 1.15 takes 0.60
 - where PYTHONDONTWRITEBYTECODE is set, as in many containers, imports take twice as long (Hydra, 0.25 for 0.12) to six times
   (requests, 0.9 for 0.16): `make` unsets it
 - scipy and statsmodels without a champion, 1.7 in the gate; requests without a download, 0.2 in collect and in select
 
 Tried, and not kept:
+- params.yaml as a file that package depends on, instead of all its values: dvc.lock is a third shorter, 0.1 less for each stage that
+  runs, but a comment in conf/ changes line 1 and would build the Bento anew
 - params.json in the place of params.yaml: a no-op takes 0.97 instead of 1.45, still 1.7 times the bare one, and
   `-S tune.learning_rate=…` would need the file's name before it
 - params.yaml in flow style, or one line of JSON per stage: 0.032 to 0.035 instead of 0.037 to read
