@@ -333,7 +333,8 @@ def test_ctrl_c_is_a_sentence_and_the_next_repro_goes_on(spare: Path, reference:
         said = process.communicate()[0]
         assert "Traceback" not in said, said
         if process.returncode != 0:
-            assert re.search(r"interrupted|KeyboardInterrupt", said) or "Interrupted by the user" in said, said
+            # the last: the stage was done, and Python was shutting down; DVC tells it
+            assert re.search(r"interrupted|KeyboardInterrupt|Interrupted by the user|exited with -2", said), said
     check_put_right(spare, reference)
     assert left_running(spare) == []
 
