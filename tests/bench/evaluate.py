@@ -7,7 +7,7 @@ in int8 (what is served). Whole processes are timed, imports and loading include
 machine disturbs both alike; a side's seconds are the sum of its commands, the median over the rounds.
 
 Tasks, phrasings, system prompts and threads are those of params.yaml, the rows the first of data/. The weights are
-models/export/safetensors where a tuned model has been exported, else SmolLM2-135M-Instruct as it is published. Answers are joined on phrasing
+those of models/tune, merged, where a model has been tuned, else SmolLM2-135M-Instruct as it is published. Answers are joined on phrasing
 and `doc_hash`, and prompts are compared too. To make the hashes agree, theirs reads rows without the fields that ours leaves out, and
 `meta` goes where its keys vary from row to row (`datasets` would fill the gaps). `evaluate.max_tokens`, which would cut ours short, is
 lifted. What differs: ours breaks control tokens in a customer's text (the prompts would differ, and none does), takes the mean anew,
@@ -50,9 +50,9 @@ import conf
 from conf.compose import compose
 from conf.schema import EngineSettings, Evaluate, Task
 from conf.yaml import dump
-from stages import export, select
+from stages import merge, select
 from stages.convert import to_ctranslate2
-from stages.files import read_jsonl, remove, sha256, write_jsonl
+from stages.files import publish, read_jsonl, remove, sha256, write_jsonl
 from stages.run import WORK
 from stages.statistics import compare
 from stages.tasks import DERIVED, TASKS
@@ -97,9 +97,12 @@ class Command:
 
 def weights() -> tuple[Path, str]:
     """Folder of the safetensors, and what they are."""
-    tuned = export.OUT / "safetensors"
-    if tuned.is_dir():
-        return tuned.resolve(), "the model of models/export"
+    if (merge.TUNED / "summary.json").is_file():
+        folder = WORK / "bench" / f"tuned-{sha256(merge.TUNED)[:16]}"
+        if not folder.exists():
+            with publish(folder) as out:
+                merge.merge(merge.BASE, merge.TUNED, out)
+        return folder.resolve(), "the model of models/tune"
     folder = WORK / "bench" / BASE
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +189,7 @@ def ours(folder: Path, model: Path, tasks: Mapping[str, Task], settings: EngineS
     longest = 1024  # more than any task asks for
     asked = asdict(Evaluate(tasks=dict(tasks), base=False, max_tokens=longest, answers=1))
     (folder / "params.yaml").write_text(dump({"evaluate": asked, "serve": {"engine": asdict(settings)}}), encoding="utf-8")
-    exported = folder / export.OUT / "engine"
+    exported = folder / Path("models/export") / "engine"
     exported.parent.mkdir(parents=True, exist_ok=True)
     exported.unlink(missing_ok=True)
     exported.symlink_to(model)
