@@ -61,7 +61,7 @@ from tests.conftest import ROOT
 
 Kind = Literal["float32", "int8"]
 
-ROWS = 8
+ROWS = 24
 """Rows of each task that both sides are timed on."""
 PAIRED = 48
 """Rows of each task on which int8 is compared with float32."""
