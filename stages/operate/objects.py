@@ -40,9 +40,9 @@ def outputs(lock: str, pipeline: str) -> list[Item]:
         DataError: one of them cannot be read.
     """
     try:
-        stages = yaml.safe_load(pipeline)["stages"]
+        stages = yaml.load(pipeline, Loader=yaml.CSafeLoader)["stages"]
         in_git = {path for stage in stages.values() for path in _in_git(stage)}
-        locked = yaml.safe_load(lock)["stages"]
+        locked = yaml.load(lock, Loader=yaml.CBaseLoader)["stages"]  # every value as text: a digest may be digits alone
         return [Item(path=out["path"], md5=out["md5"]) for stage in locked.values() for out in stage.get("outs", []) if out["path"] not in in_git]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"dvc.lock or dvc.yaml of that revision cannot be read: {error}", "name another revision") from error

@@ -40,26 +40,25 @@ class StageOutlook:
     """Bytes of outputs to bring from the remote."""
 
 
-def outlook(root: Path, values: Mapping[str, Any], composed: str = "params.yaml") -> list[StageOutlook]:
+def outlook(root: Path, values: Mapping[str, Any]) -> list[StageOutlook]:
     """The stages of `root/dvc.yaml` in DVC's order.
 
     Args:
         root: of the repository.
-        values: what `composed` will hold: the parameters of every stage.
-        composed: the parameter file, which a stage writes.
+        values: what params.yaml will hold: the parameters of every stage.
     """
     from dvc.repo import Repo
     from dvc.repo.reproduce import plan_repro
 
     with Repo(str(root)) as repo:
-        return _Walk(repo, values, composed).all(plan_repro(repo.index.graph, list(repo.index.stages)))
+        return _Walk(repo, values).all(plan_repro(repo.index.graph, list(repo.index.stages)))
 
 
 class _Walk:
     """One walk over the pipeline: what each output will be, as far as that is known."""
 
-    def __init__(self, repo: Repo, values: Mapping[str, Any], composed: str) -> None:
-        self.repo, self.values, self.composed = repo, values, composed
+    def __init__(self, repo: Repo, values: Mapping[str, Any]) -> None:
+        self.repo, self.values = repo, values
         self.remote = bool(repo.config.get("remote"))
         self.runs = Path(repo.stage_cache.cache_dir)
         self.makes: dict[str, Any] = {}
@@ -83,14 +82,14 @@ class _Walk:
             told.reasons.append("it has never run")
         elif stage.cmd_changed:
             told.reasons.append("its command changed")
-        unknown = [dep for dep in stage.deps if not self.settle(stage, dep, told)]
+        unknown = [dep for dep in stage.deps if not self.settle(dep, told)]
         moved = never or bool(told.reasons or told.params)
         if unknown:
             told.reasons += [f"{dep.def_path} is made by {self.source(dep)}, which {self.outcomes[self.source(dep)]}" for dep in unknown]
             told.outcome = "may run" if (not moved or self.compatible(stage, unknown)) else "runs"
         else:
-            gone = [] if moved else [out for out in stage.outs if out.status()]
-            told.reasons += [f"{out.def_path}: {next(iter(out.status().values()))}" for out in gone]
+            gone = [] if moved else [f"{out.def_path}: {next(iter(status.values()))}" for out in stage.outs if (status := out.status())]
+            told.reasons += gone
             if moved or (gone and not self.remote):
                 told.outcome = self.restorable(stage, told) if self.recall(stage) else "runs"
             elif gone:
@@ -100,7 +99,7 @@ class _Walk:
             self.makes[out.def_path] = None if told.outcome in ("runs", "may run") else out.hash_info
         return told
 
-    def settle(self, stage: PipelineStage, dep: Any, told: StageOutlook) -> bool:
+    def settle(self, dep: Any, told: StageOutlook) -> bool:
         """Give a dependency the hash it will have, and note how it differs from the recorded one; False: only running tells."""
         from dvc.dependency.param import ParamsDependency
         from dvc_data.hashfile.meta import Meta
@@ -112,7 +111,7 @@ class _Walk:
         path = self.origin(dep)
         if path is not None:
             after = self.makes[path]
-            if after is None and dep.def_path != self.composed:
+            if after is None:
                 return False
             if dep.def_path != path:
                 after = self.inside(path, after, dep)

@@ -19,6 +19,7 @@ from stages.operate.differences import ABSENT, Difference, differences
 from stages.operate.git import commit, file_at
 from stages.operate.outlook import StageOutlook, outlook
 from stages.operate.rules import RuleChange, rule_changes
+from stages.operate.summary import read_costs
 from stages.run import COSTS
 
 SHOWN = 8
@@ -74,13 +75,9 @@ def desired() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def recorded_costs(path: Path = COSTS) -> dict[str, Cost]:
-    """Stage -> median over its recorded runs; a line that a kill cut short is passed over."""
+    """Stage -> median over its recorded runs."""
     seen: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_costs(path):
         seen[row["stage"]].append(row)
     return {stage: Cost(**{part: statistics.median(row[part] for row in rows) for part in ("seconds", "peak_bytes")}) for stage, rows in seen.items()}
 

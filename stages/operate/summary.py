@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
@@ -47,17 +47,18 @@ class Summary(TypedDict):
     next: str
 
 
+def read_costs(path: Path = COSTS) -> Iterator[dict[str, Any]]:
+    """Every recorded run, the earliest first; half a line is passed over: the disk was full, or the machine went down."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
 def costs(path: Path = COSTS) -> list[Cost]:
     """The last recorded run of each stage, in pipeline order."""
-    if not path.exists():
-        return []
-    last: dict[str, Cost] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # half a line: the disk was full, or the machine went down
-            continue
-        last[row["stage"]] = Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"])
+    last = {row["stage"]: Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"]) for row in read_costs(path)}
     return [last[stage] for stage in STAGES if stage in last]
 
 
