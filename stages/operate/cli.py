@@ -66,6 +66,28 @@ def plan(
 
 
 @app.command()
+def review(
+    base: Annotated[str, typer.Option(help="Revision that this tree is to be merged into; its rules, evaluation data and code judge.")] = "main",
+    production: Annotated[str | None, typer.Option(help="Branch whose last commit is served; without it, the base.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder for review.md and review.html.")] = Path(".dvc/tmp/trunkline/review"),
+    latency: Annotated[bool, typer.Option(help="Measure how fast champion and candidate answer here.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Judge this tree with evidence, as Markdown for the pull request and as an HTML page. Exit codes: 0 may be merged, 1 held."""
+    from stages.operate.review.command import show
+
+    raise typer.Exit(show(base, production, to, latency, as_json))
+
+
+@app.command()
+def champion(revision: Annotated[str, typer.Argument(help="Branch, tag or commit whose model is in production.")] = "main") -> None:
+    """Pin what a revision serves as the champion of the gate: one line of conf/gate/ changes."""
+    from stages.operate.champion import pin
+
+    typer.echo(pin(revision))
+
+
+@app.command()
 def rollback(
     revisions: Annotated[list[str] | None, typer.Argument(help="Commits or ranges (`A..B`) to take back; without any, HEAD.")] = None,
     to: Annotated[str | None, typer.Option(help="Bring back the whole state of this tag or commit instead.")] = None,

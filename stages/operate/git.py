@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,3 +43,22 @@ def file_at(revision: str, path: str) -> str | None:
     """A file's text at a revision; None: it was not there."""
     found = git("show", f"{revision}:{path}")
     return found.stdout if found.returncode == 0 else None
+
+
+@contextmanager
+def spare_tree(revision: str = "HEAD") -> Iterator[Path]:
+    """A second work tree of a revision in a temporary folder, so that what is done there leaves this one as it is.
+
+    Raises:
+        DataError: git cannot make one.
+    """
+    git("worktree", "prune")  # of those that were killed
+    with tempfile.TemporaryDirectory(prefix="trunkline-") as folder:
+        path = Path(folder) / "tree"
+        made = git("worktree", "add", "--quiet", "--detach", str(path), revision)
+        if made.returncode:
+            raise DataError(f"git cannot make a second work tree: {made.stderr.strip()}", "free some disk space, or see `git worktree list`")
+        try:
+            yield path
+        finally:
+            git("worktree", "remove", "--force", str(path))

@@ -74,6 +74,17 @@ def desired() -> tuple[dict[str, Any], dict[str, str]]:
     return composed.values, composed.origins
 
 
+def desired_origins() -> dict[str, str]:
+    """Dotted leaf -> the file that sets it; empty where conf/ is wrong, which `python -m conf --check` tells."""
+    from conf.compose import compose
+    from conf.errors import ConfigError
+
+    try:
+        return compose(conf=Path("conf").resolve()).origins  # of this tree, whoever runs it
+    except ConfigError:
+        return {}
+
+
 def recorded_costs(path: Path = COSTS) -> dict[str, Cost]:
     """Stage -> median over its recorded runs."""
     seen: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -140,7 +151,7 @@ def show(base: str = "HEAD", as_json: bool = False) -> None:
         if stage.fetch:
             extra.append(f"fetches {stage.fetch / 2**20:,.1f} MiB")
         console.print(f"[{colour[stage.outcome]}]{stage.outcome:>9}[/]  {stage.stage:<10} [dim]{'; '.join(extra)}[/]")
-        lines = [_told(change, found.origins) for change in stage.params] + stage.reasons
+        lines = [told(change, found.origins) for change in stage.params] + stage.reasons
         for line in lines[:SHOWN]:
             console.print(f"             {escape(line)}")
         if len(lines) > SHOWN:
@@ -148,7 +159,7 @@ def show(base: str = "HEAD", as_json: bool = False) -> None:
     if found.configuration:
         console.print(f"\nConfiguration, against {found.base[:12]}", markup=False)
         for change in found.configuration:
-            console.print(f"  {escape(_told(change, found.origins))}")
+            console.print(f"  {escape(told(change, found.origins))}")
     if found.rules:
         console.print("\nThe gate")
         for rule in found.rules:
@@ -165,7 +176,7 @@ def show(base: str = "HEAD", as_json: bool = False) -> None:
     console.print(f"Time: about {seconds('runs'):.0f} s" + (f", and up to {possible:.0f} s more for what may run" if possible else ""))
 
 
-def _told(change: Difference, origins: Mapping[str, str]) -> str:
+def told(change: Difference, origins: Mapping[str, str]) -> str:
     """`key: old → new (file)`; no file sets what is gone."""
     shown = [value if value == ABSENT else json.dumps(value, ensure_ascii=False) for value in (change.before, change.after)]
     cut = [text if len(text) <= 60 else f"{text[:57]}…" for text in shown]

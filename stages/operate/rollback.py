@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from conf.errors import ConfigError, DataError
-from stages.operate.git import commit, file_at, git
+from stages.operate.git import commit, file_at, git, spare_tree
 from stages.operate.objects import Item, Store, outputs
 
 SHOWN = 5
@@ -49,20 +46,6 @@ def refuse_dirty() -> None:
     if changed := git("status", "--porcelain", "--untracked-files=no").stdout.splitlines():
         names = ", ".join(line[3:] for line in changed[:SHOWN])
         raise ConfigError(f"{len(changed)} tracked files have uncommitted changes ({names})", "commit them, or put them aside with `git stash`")
-
-
-@contextmanager
-def spare_tree() -> Iterator[Path]:
-    """A second work tree of HEAD in a temporary folder, so that a conflict leaves this one as it is."""
-    with tempfile.TemporaryDirectory(prefix="trunkline-rollback-") as folder:
-        path = Path(folder) / "tree"
-        made = git("worktree", "add", "--quiet", "--detach", str(path), "HEAD")
-        if made.returncode:
-            raise DataError(f"git cannot make a second work tree: {made.stderr.strip()}", "free some disk space, or see `git worktree list`")
-        try:
-            yield path
-        finally:
-            git("worktree", "remove", "--force", str(path))
 
 
 def expand(revisions: Sequence[str]) -> list[str]:

@@ -1,0 +1,155 @@
+"""The candidate judged by the base: its rules, its evaluation data and its code, against the model that production serves.
+
+A second work tree of the base is laid out, with the candidate's model in it and a params.yaml that takes `evaluate`, `redteam` and
+`gate` from the base and everything else from the candidate. Where what evaluate or redteam reads beside the model is the same on both
+sides, code included, the candidate's own results are what the base would measure, and are taken; else the stage runs there again. The gate runs
+there always. (A redteam that runs again trains the guard's classifier as the base declares it.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import DataError
+from conf.yaml import dump
+from stages.files import read_json, read_jsonl
+from stages.operate.git import spare_tree
+from stages.operate.review.snapshot import Snapshot
+from stages.run import WORK
+
+DATA = ("data/collect", "data/preprocess")
+MODEL = ("models/export", "models/select", "models/tune")
+SCORES, SAMPLES, ATTACKS, VERDICT = "models/evaluate/scores.json", "models/evaluate/samples", "models/redteam/result.json", "models/gate/verdict.json"
+JUDGES = {"evaluate": "models/evaluate", "redteam": "models/redteam"}
+"""Stage that measures -> where it writes."""
+
+
+@dataclass(kw_only=True)
+class Judgement:
+    """What the base says of the candidate."""
+
+    verdict: dict[str, Any]
+    """As the gate writes it."""
+    scores: dict[str, Any]
+    """Task -> entry of scores.json."""
+    samples: dict[str, list[dict[str, Any]]]
+    """Task -> rows."""
+    attacks: dict[str, Any]
+    """models/redteam/result.json."""
+    again: list[str] = field(default_factory=list)
+    """Why a stage was run again, one sentence each; none: the candidate's own results are the base's."""
+
+
+def moved(stage: str, base: Snapshot, tree: Snapshot) -> list[str]:
+    """What a measuring stage reads beside the model, and that differs between the two."""
+    read = [{path: md5 for path, md5 in side.inputs(stage).items() if not path.startswith("models/")} for side in (base, tree)]
+    found = [path for path in sorted({*read[0], *read[1]}) if read[0].get(path) != read[1].get(path)]
+    return found + ([f"the key {stage}"] if base.params.get(stage) != tree.params.get(stage) else [])
+
+
+def rules(base: Snapshot, tree: Snapshot, champion: str | None) -> dict[str, Any]:
+    """The params.yaml by which the candidate is judged; without relative rules there is nothing to compare a champion by."""
+    judging = {key: base.params[key] for key in ("evaluate", "redteam", "gate") if key in base.params}
+    gate = judging.get("gate", {})
+    return {**tree.params, **judging, "gate": {**gate, "champion": champion if gate.get("relative") else None}}
+
+
+def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
+    """Lay out, measure what must be measured again, and judge.
+
+    Args:
+        base: whose rules hold.
+        tree: the candidate.
+        champion: commit whose model is served; None: nothing is.
+
+    Raises:
+        DataError: what it takes is not here, or the base's code cannot judge the candidate.
+    """
+    here = Path.cwd()
+    for path in (*MODEL, *JUDGES.values()):
+        if not Path(path).is_dir():
+            raise DataError(f"{path} is not here", "`dvc pull`, or `trunkline repro`")
+    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree))}
+    with spare_tree(str(base.revision)) as spare:
+        share_cache(here, spare)
+        (spare / "params.yaml").write_text(dump(rules(base, tree, champion)), encoding="utf-8")
+        for path in (*MODEL, *(JUDGES[stage] for stage in JUDGES if stage not in why)):
+            shutil.rmtree(spare / path, ignore_errors=True)
+            (spare / path).parent.mkdir(parents=True, exist_ok=True)
+            (spare / path).symlink_to(here / path)
+        if why:
+            restore_data(spare)
+        for stage in why:
+            call(stage, here, spare)
+        (spare / VERDICT).unlink(missing_ok=True)
+        call("gate", here, spare, may_hold=True)
+        scores = read_json(spare / SCORES)["tasks"]
+        return Judgement(
+            verdict=read_json(spare / VERDICT),
+            scores=scores,
+            samples={task: list(read_jsonl(spare / SAMPLES / f"{task}.jsonl")) for task in scores},
+            attacks=read_json(spare / ATTACKS),
+            again=[f"{stage} ran again as the base has it: {named(found)} differ{'s'[: len(found) == 1]}" for stage, found in why.items()],
+        )
+
+
+def named(paths: list[str], most: int = 4) -> str:
+    """The first few of a list."""
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def share_cache(here: Path, spare: Path) -> None:
+    """Let DVC in the spare tree use this checkout's cache, remotes and credentials."""
+    from dvc.repo import Repo
+
+    with Repo(str(here)) as repo:
+        cache = repo.cache.local_cache_dir
+    local = Path(".dvc/config.local")
+    if (here / local).exists():
+        shutil.copyfile(here / local, spare / local)
+    with Repo(str(spare)) as repo, repo.config.edit("local") as config:
+        config["cache"]["dir"] = cache
+
+
+def restore_data(spare: Path) -> None:
+    """Bring the base's data into the spare tree.
+
+    Raises:
+        DataError: it is neither in the cache nor on the remote.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    targets = [str(spare / path) for path in DATA]
+    try:
+        with Repo(str(spare)) as repo:
+            if repo.config["core"].get("remote"):
+                repo.fetch(targets=targets)
+            repo.checkout(targets=targets, force=True)
+    except DvcException as error:
+        raise DataError(
+            f"the base's evaluation data cannot be had: {error}", "`dvc push` where the base was made, or set the DVC remote's credentials"
+        ) from error
+
+
+def call(stage: str, here: Path, spare: Path, *, may_hold: bool = False) -> None:
+    """Run a stage of the base's code in the spare tree.
+
+    Raises:
+        DataError: it stopped; a gate that only held has written its verdict.
+    """
+    engines = os.environ.get("TRUNKLINE_ENGINES", str(here / WORK / "engines"))
+    keep = {key: value for key, value in os.environ.items() if key not in ("DVC_STAGE", "DVC_ROOT", "TRUNKLINE_WARM")}
+    environment = {**keep, "PYTHONPATH": str(spare), "PYTHONHASHSEED": "0", "TRUNKLINE_ENGINES": engines}
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}"], cwd=spare, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+    )
+    if done.returncode and not (may_hold and (spare / VERDICT).exists()):
+        what = f"the base's {stage} cannot judge this candidate (exit {done.returncode}): {done.stderr.strip()[-600:]}"
+        raise DataError(what, f"put what {stage} needs onto the base first, in a change of its own")
