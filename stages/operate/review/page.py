@@ -104,10 +104,10 @@ def cell(text: object) -> str:
     return escaping.escape(flat, quote=False).replace("|", "\\|").replace("`", "&#96;").replace("@", "@\u200b").replace("*", "\\*").replace("_", "\\_")
 
 
-def fenced(text: str, longest: int = 600) -> str:
-    """Text as a block of code, longer than any fence within it."""
+def fenced(text: str, language: str = "text", longest: int = 600) -> str:
+    """Text as a block of code, whose fence is longer than any within it."""
     cut = text if len(text) <= longest else f"{text[:longest]}…"
     fence = "```"
     while fence in cut:
         fence += "`"
-    return f"{fence}text\n{cut}\n{fence}"
+    return f"{fence}{language}\n{cut}\n{fence}"
