@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.errors import DataError
 from stages.operate.differences import ABSENT, differences
 from stages.operate.outlook import StageOutlook, outlook
 from stages.operate.plan import production, recorded_costs
 from stages.operate.rules import rule_changes
 from tests.conftest import ROOT
-from tests.toy import Toy
+from tests.toy import STEP, Toy
 
 
 @pytest.fixture
@@ -159,3 +160,58 @@ def test_no_repository_and_no_such_revision_are_told(small: Path) -> None:
     assert done.returncode == 2
     assert "there is no commit 'nowhere'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("file", ["dvc.yaml", "dvc.lock", "params.yaml"])
+def test_a_file_that_a_merge_left_half_done_is_named(toy: Toy, file: str) -> None:
+    toy.repro()
+    values = toy.values
+    (toy.folder / file).write_text("<<<<<<< HEAD\n" + (toy.folder / file).read_text())
+    with pytest.raises(DataError, match=rf"(?s)DVC stopped: .*{file}.*<<<<<<<"):
+        outlook(toy.folder, values)
+
+
+def test_null_is_a_value(toy: Toy) -> None:
+    toy.set({**toy.values, "a": None})  # type: ignore[dict-item]
+    (toy.folder / "step.py").write_text(STEP.replace("int(values[name])", "int(values[name].strip() == 'null')"))
+    toy.repro()
+    assert told(look(toy), "unchanged") == set("abcde")
+
+
+def remote(toy: Toy, folder: Path) -> None:
+    """A folder as DVC remote, with everything that was run pushed to it."""
+    toy.dvc("remote", "add", "--default", "store", str(folder))
+    toy.dvc("push", "--run-cache")
+
+
+def test_what_another_machine_ran_is_restored_from_the_remote(toy: Toy, tmp_path: Path) -> None:
+    toy.repro()
+    toy.set({**toy.values, "b": 6})
+    toy.repro()
+    remote(toy, tmp_path / "remote")
+    toy.set({**toy.values, "b": 4})
+    toy.repro()
+    shutil.rmtree(toy.folder / ".dvc/cache")
+    toy.set({**toy.values, "b": 6})
+    stages = look(toy)
+    assert told(stages, "restored") == set("abcde"), stages["e"]
+    from dvc.repo import Repo
+
+    toy.log.write_text("")
+    with Repo(".") as repo:
+        repo.reproduce(pull=True, allow_missing=True)
+    assert toy.log.read_text() == ""
+
+
+def test_a_remote_that_cannot_be_asked_is_told_and_the_plan_is_made(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.repro()
+    toy.dvc("remote", "add", "--default", "store", "s3://nowhere/x")
+    toy.dvc("remote", "modify", "store", "endpointurl", "http://127.0.0.1:9")
+    toy.set({**toy.values, "b": 6})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("stages.operate.remote_runs.PATIENCE", 2.0)
+    stages = look(toy)
+    assert "b" in told(stages, "runs")
+    assert any(reason.startswith("whether another machine has run it is unknown: the remote ") for reason in stages["b"].reasons)

@@ -92,7 +92,9 @@ def test_the_label_shift_is_a_share() -> None:
 
 
 def test_rows_to_train_on_that_the_base_asks_are_counted() -> None:
-    base = Made({"dvc.lock": {"stages": {"preprocess": {"outs": [{"path": "data/preprocess", "md5": "1"}]}}}, "data/preprocess/test.jsonl": [{"text": "Where is it?"}]})
+    base = Made(
+        {"dvc.lock": {"stages": {"preprocess": {"outs": [{"path": "data/preprocess", "md5": "1"}]}}}, "data/preprocess/test.jsonl": [{"text": "Where is it?"}]}
+    )
     rows = [{"text": "Where is it?", "label": "status"}, {"text": "Hello", "label": "status"}]
     tree = Made({"dvc.lock": {"stages": {"preprocess": {"outs": [{"path": "data/preprocess", "md5": "2"}]}}}, "data/preprocess/train.jsonl": rows})
     assert data_change(base, tree).leaked == 1
@@ -212,8 +214,20 @@ def test_scores_have_a_paired_interval_on_the_same_rows() -> None:
 
 
 def test_the_samples_that_changed_most_come_first_lost_and_won_in_turns() -> None:
-    old = [sample("lost", "right", 1.0), sample("lost2", "right", 1.0), sample("won", "wrong", 0.0), sample("other words", "abc", 0.0), sample("same", "x", 1.0)]
-    new = [sample("lost", "wrong", 0.0), sample("lost2", "wrong", 0.0), sample("won", "right", 1.0), sample("other words", "xyz", 0.0), sample("same", "x", 1.0)]
+    old = [
+        sample("lost", "right", 1.0),
+        sample("lost2", "right", 1.0),
+        sample("won", "wrong", 0.0),
+        sample("other words", "abc", 0.0),
+        sample("same", "x", 1.0),
+    ]
+    new = [
+        sample("lost", "wrong", 0.0),
+        sample("lost2", "wrong", 0.0),
+        sample("won", "right", 1.0),
+        sample("other words", "xyz", 0.0),
+        sample("same", "x", 1.0),
+    ]
     changed = sample_changes(judged(new), before(old))
     assert [(s.champion_score, s.candidate_score) for s in changed] == [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]
     assert len(sample_changes(judged(new), before(old), most=2)) == 2
@@ -255,7 +269,10 @@ def whole() -> Review:
     report.scores, report.samples = score_changes(report.judged, champion), sample_changes(report.judged, champion)
     report.attacks = report.judged.attacks
     report.latency = {"champion": Latency(seconds=[0.1, 0.3], tokens=4), "candidate": Latency(seconds=[0.2, 0.2], tokens=4)}
-    old, new = ({"data/collect/manifest.json": {HOSTILE: {"rows": n, "licence": HOSTILE, "sha256": str(n)}}, "data/preprocess/summary.json": {"reasons": {HOSTILE: n}}} for n in (1, 2))
+    old, new = (
+        {"data/collect/manifest.json": {HOSTILE: {"rows": n, "licence": HOSTILE, "sha256": str(n)}}, "data/preprocess/summary.json": {"reasons": {HOSTILE: n}}}
+        for n in (1, 2)
+    )
     report.data = data_change(Made(old), Made(new))
     return report
 

@@ -137,3 +137,13 @@ def test_what_cannot_be_meant_is_told(toy: Toy) -> None:
     toy.set({**toy.values, "a": 7})
     with pytest.raises(ConfigError, match=r"1 tracked files have uncommitted changes \(params\.yaml\)"):
         rollback()
+
+
+def test_what_was_before_is_missing_in_a_shallow_clone_and_at_the_first_commit(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = toy.git("rev-list", "--max-parents=0", "HEAD")
+    with pytest.raises(ConfigError, match="is the first commit"):
+        rollback([first])
+    toy.git("clone", "-q", "--depth", "1", f"file://{toy.folder}", str(tmp_path / "shallow"))
+    monkeypatch.chdir(tmp_path / "shallow")
+    with pytest.raises(ConfigError, match=r"it is shallow\n.*git fetch --unshallow"):
+        rollback()

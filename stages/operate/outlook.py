@@ -5,17 +5,20 @@ restored), the very combination is looked up in dvc.lock and in the run-cache, a
 are unknown: a later stage *runs* if no recorded combination has what is known of its inputs, and *may run* otherwise.
 
 An output that is in neither the workspace nor the cache is fetched where a remote is configured (`dvc repro --pull --allow-missing`,
-as CI calls it), and made anew where there is none. Nothing is written but DVC's own table of file hashes.
+as CI calls it), and made anew where there is none; the remote's run-cache is looked into as well. Nothing is written but DVC's own table of file hashes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from conf.errors import DataError
 from stages.operate.differences import ABSENT, Difference, differences
+from stages.operate.remote_runs import Runs, remote_runs
 
 if TYPE_CHECKING:
     from dvc.dependency.param import ParamsDependency
@@ -46,12 +49,19 @@ def outlook(root: Path, values: Mapping[str, Any]) -> list[StageOutlook]:
     Args:
         root: of the repository.
         values: what params.yaml will hold: the parameters of every stage.
+
+    Raises:
+        DataError: DVC cannot read dvc.yaml, dvc.lock or params.yaml.
     """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.repo.reproduce import plan_repro
 
-    with Repo(str(root)) as repo:
-        return _Walk(repo, values).all(plan_repro(repo.index.graph, list(repo.index.stages)))
+    try:
+        with Repo(str(root)) as repo:
+            return _Walk(repo, values).all(plan_repro(repo.index.graph, list(repo.index.stages)))
+    except DvcException as error:
+        raise DataError(f"DVC stopped: {error}", "mend the file, or `git checkout` it; what a merge left half-done is marked with <<<<<<<") from error
 
 
 class _Walk:
@@ -61,10 +71,14 @@ class _Walk:
         self.repo, self.values = repo, values
         self.remote = bool(repo.config.get("remote"))
         self.runs = Path(repo.stage_cache.cache_dir)
+        self.unasked = ""
+        """Why the remote's run-cache could not be looked into."""
         self.makes: dict[str, Any] = {}
         """Path of an output -> its hash, or None where only running tells."""
         self.outcomes: dict[str, Outcome] = {}
         self.maker: dict[str, str] = {}
+        self.recorded: dict[str, Any] = {}
+        """Path of an output -> its hash in dvc.lock."""
 
     def all(self, stages: list[PipelineStage]) -> list[StageOutlook]:
         """Walk."""
@@ -77,6 +91,7 @@ class _Walk:
     def one(self, stage: PipelineStage) -> StageOutlook:
         """One stage, and what its outputs will be."""
         told = StageOutlook(stage=stage.name)
+        self.recorded |= {out.def_path: out.hash_info for out in stage.outs}
         never = not any(out.hash_info for out in stage.outs)
         if never:
             told.reasons.append("it has never run")
@@ -94,6 +109,8 @@ class _Walk:
                 told.outcome = self.restorable(stage, told) if self.recall(stage) else "runs"
             elif gone:
                 told.outcome = self.restorable(stage, told)
+        if told.outcome == "runs" and self.unasked:
+            told.reasons.append(f"whether another machine has run it is unknown: {self.unasked}")
         for out in stage.outs:
             self.maker[out.def_path] = stage.name
             self.makes[out.def_path] = None if told.outcome in ("runs", "may run") else out.hash_info
@@ -115,6 +132,8 @@ class _Walk:
                 return False
             if dep.def_path != path:
                 after = self.inside(path, after, dep)
+                if after is None:
+                    return False
         elif dep.exists:
             after = dep.get_hash()
         else:
@@ -143,24 +162,36 @@ class _Walk:
         return self.maker[self.origin(dep) or ""]
 
     def inside(self, path: str, tree: Any, dep: Output) -> Any:
-        """Hash of a file or folder within an output folder: from the cache, or, if it is not there, as recorded."""
+        """Hash of a file or folder within an output folder, from its listing; None: the listing is neither here nor on the remote.
+
+        The listing that dvc.lock names need not be had: what lies in it is recorded.
+        """
         from dvc_data.hashfile.tree import Tree
         from dvc_objects.errors import ObjectFormatError
 
-        try:
-            folder = Tree.load(self.repo.cache.local, tree)
-        except (FileNotFoundError, ObjectFormatError):
-            return dep.hash_info
         keys = tuple(dep.def_path[len(path) + 1 :].split("/"))
-        _, found = folder.get(keys) or (None, None)
-        if found is None and (part := folder.get_obj(self.repo.cache.local, keys)) is not None:
-            found = part.hash_info
-        return found or dep.hash_info
+        for store in (self.repo.cache.local, None if tree == self.recorded[path] else self.far_store):
+            try:
+                folder = Tree.load(store, tree) if store else None
+            except (FileNotFoundError, ObjectFormatError):
+                continue
+            if folder is not None:
+                _, found = folder.get(keys) or (None, None)
+                if found is None and (part := folder.get_obj(store, keys)) is not None:
+                    found = part.hash_info
+                return found or dep.hash_info
+        return dep.hash_info if tree == self.recorded[path] else None
+
+    @cached_property
+    def far_store(self) -> Any:
+        """Objects of the remote; None where there is none, or where it cannot be asked."""
+        return self.repo.cloud.get_remote_odb(None, "plan") if self.remote and self.far is not None and not self.unasked else None
 
     def recall(self, stage: PipelineStage) -> bool:
         """Give the outputs the hashes that the run-cache has for exactly these inputs; False: it has none."""
         from dvc.stage.cache import _get_cache_hash
         from dvc.stage.serialize import to_single_stage_lockfile
+        from dvc.utils.serialize import parse_yaml
         from dvc_data.hashfile.hash_info import HashInfo
         from dvc_data.hashfile.meta import Meta
 
@@ -169,6 +200,8 @@ class _Walk:
         key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
         found = sorted((self.runs / key[:2] / key).glob("*"), key=lambda path: path.stat().st_mtime)
         entry = self.repo.stage_cache._load_cache(key, found[-1].name) if found else None
+        if entry is None and (texts := self.far.get(key)):
+            entry = parse_yaml(texts[-1], key)
         if entry is None:
             return False
         recorded = {out["path"]: out for out in entry["outs"]}
@@ -200,21 +233,31 @@ class _Walk:
     def compatible(self, stage: PipelineStage, unknown: list[Any]) -> bool:
         """Whether a recorded run has all that is known of the inputs."""
         from dvc.dependency.param import ParamsDependency
-        from dvc.utils.serialize import load_yaml
+        from dvc.utils.serialize import parse_yaml
 
         hashes = [dep.hash_info.value for dep in stage.deps if dep not in unknown and not isinstance(dep, ParamsDependency)]
         params: Any = next((dep.hash_info.value for dep in stage.deps if isinstance(dep, ParamsDependency)), {})
-        for path in self.entries():
-            text = path.read_text(encoding="utf-8")
+        for text in self.entries():
             if f"cmd: {stage.cmd}\n" in text and all(value in text for value in hashes):
-                entry = load_yaml(str(path))
+                entry = parse_yaml(text, "run-cache")
                 if next(iter(entry.get("params", {"": {}}).values())) == params:
                     return True
         return False
 
-    def entries(self) -> Iterator[Path]:
-        """Every entry of the run-cache."""
-        yield from (path for path in self.runs.glob("*/*/*") if path.is_file())
+    @cached_property
+    def far(self) -> Runs:
+        """What only the remote's run-cache has; none where there is no remote, or where it cannot be asked."""
+        try:
+            return remote_runs(self.repo, self.runs) if self.remote else {}
+        except DataError as error:
+            self.unasked = error.what
+            return {}
+
+    def entries(self) -> Iterator[str]:
+        """Every entry of the run-cache, here and on the remote."""
+        yield from (path.read_text(encoding="utf-8") for path in self.runs.glob("*/*/*") if path.is_file())
+        for texts in self.far.values():
+            yield from texts
 
 
 def lookup(values: Mapping[str, Any], key: str) -> Any:

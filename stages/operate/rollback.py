@@ -65,7 +65,16 @@ def expand(revisions: Sequence[str]) -> list[str]:
     order = git("rev-list", "--topo-order", "HEAD").stdout.split()
     if strangers := [one for one in found if one not in order]:
         raise ConfigError(f"{strangers[0][:12]} is not part of HEAD", "name a commit that `git log` shows here")
+    if roots := [one for one in found if not parents(one)]:
+        if git("rev-parse", "--is-shallow-repository").stdout.strip() == "true":
+            raise ConfigError(f"what was before {roots[0][:12]} is not in this clone: it is shallow", "`git fetch --unshallow`")
+        raise ConfigError(f"{roots[0][:12]} is the first commit: there is nothing before it", "name a later one")
     return sorted(set(found), key=order.index)
+
+
+def parents(one: str) -> list[str]:
+    """The commits before one, as far as this clone has them."""
+    return git("rev-list", "--parents", "-n1", one).stdout.split()[1:]
 
 
 def reverted(commits: Sequence[str]) -> str:
@@ -76,8 +85,7 @@ def reverted(commits: Sequence[str]) -> str:
     """
     with spare_tree() as path:
         for one in commits:
-            merge = len(git("rev-list", "--parents", "-n1", one).stdout.split()) > 2
-            done = git("-C", str(path), "revert", "--no-commit", *(["-m", "1"] if merge else []), one)
+            done = git("-C", str(path), "revert", "--no-commit", *(["-m", "1"] if len(parents(one)) > 1 else []), one)
             if done.returncode:
                 files = git("-C", str(path), "diff", "--name-only", "--diff-filter=U").stdout.split()
                 raise DataError(

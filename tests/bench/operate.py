@@ -70,7 +70,9 @@ def rows() -> list[Row]:
         said = dry(folder)
         truth = ran(sh(folder, "dvc", "repro"))
     ours, theirs, back, hand = map(statistics.median, (planned, by_dry, rolled, by_hand))
-    what = f"plan of a learning rate, against `dvc repro --dry`: names {len(named & {*truth})} and {len({*said} & {*truth})} of the {len(truth)} stages that run"
+    what = (
+        f"plan of a learning rate, against `dvc repro --dry`: names {len(named & {*truth})} and {len({*said} & {*truth})} of the {len(truth)} stages that run"
+    )
     return [
         Row(what=what, ours=f"{ours:.2f} s", theirs=f"{theirs:.2f} s", ratio=ours / theirs, bar=f"under {PLAN_BAR:g} s", met=ours < PLAN_BAR and named == {*truth}),
         Row(

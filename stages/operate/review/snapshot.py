@@ -90,8 +90,15 @@ class Snapshot:
 
     @cached_property
     def params(self) -> Mapping[str, Any]:
-        """The values of params.yaml; empty where there is none."""
-        value = yaml.load(self.text("params.yaml") or "", Loader=yaml.CSafeLoader)
+        """The values of params.yaml; empty where there is none.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            value = yaml.load(self.text("params.yaml") or "", Loader=yaml.CSafeLoader)
+        except yaml.YAMLError as error:
+            raise DataError(f"params.yaml of {self.name} cannot be read: {' '.join(str(error).split())}", "`python -m conf` composes it anew") from error
         return value if isinstance(value, Mapping) else {}
 
     @cached_property
