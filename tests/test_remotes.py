@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,6 +82,8 @@ def clone(origin: Path, folder: Path) -> Path:
 
 def test_a_fresh_clone_pulls_runs_nothing_and_serves(origin: Path, tmp_path: Path) -> None:
     folder = clone(origin, tmp_path)
+    plan = json.loads(sh(folder, sys.executable, "-m", "stages.operate.cli", "plan", "--json").stdout)
+    assert {stage["outcome"] for stage in plan["stages"]} <= {"restored", "unchanged"}, "it is all on the remote"
     sh(folder, "dvc", "pull")
     done = sh(folder, "dvc", "repro")
     assert ran(done) == []
