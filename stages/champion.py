@@ -140,9 +140,9 @@ def weigh(rule: Relative, champion: tuple[Json, Pairs], candidate: tuple[Json, P
 def relate(rules: Mapping[str, Relative], alpha: float, weighed: Callable[[Relative], Comparison]) -> list[Json]:
     """Every relative rule with its outcome: promote (the loss is less than the margin), hold (more), or inconclusive; Holm over all.
 
-    `low` and `high` bound the true difference with the confidence 1 - 2 alpha, each rule for itself: before Holm's correction. What is promoted
-    has a `low` above a loss of the margin, what is held a `high` below it; not the other way round, where there are several rules. The minimum detectable effect and the rows needed are those at
-    Holm's strictest level, alpha over the number of rules.
+    `low` and `high` bound the true difference with the confidence 1 - 2 alpha, each rule for itself, before Holm's correction. What is
+    promoted has a `low` above a loss of the margin, what is held a `high` below it; not the other way round, where there are several rules.
+    The minimum detectable effect and the rows needed are those at Holm's strictest level, alpha over the number of rules.
     """
     from stages.statistics import holm
 

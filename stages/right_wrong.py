@@ -125,7 +125,8 @@ def likely(rows: int, low: float, high: float) -> Counts:
 def score(lost: Counts, gained: Counts, rows: int, margin: float) -> Floats:
     """Tango's statistic: how far gained - lost lies above a loss of `margin`, in standard errors under that loss."""
     linear = -(lost + gained) + (2 * rows - lost + gained) * margin
-    gain = (-linear + np.sqrt(linear**2 + 8 * rows * gained * margin * (1 - margin))) / (4 * rows)
+    root = np.sqrt(np.maximum(linear**2 + 8 * rows * gained * margin * (1 - margin), 0.0))  # rounding can leave a 0 below it
+    gain = (root - linear) / (4 * rows)
     variance = rows * (2 * gain + margin * (1 - margin))
     distance = gained - lost + rows * margin
     return np.asarray(np.where(variance > 1e-12, distance / np.sqrt(np.maximum(variance, 1e-12)), np.sign(distance) * 1e9))
