@@ -722,6 +722,9 @@ class Task:
     """First so many rows; null: all."""
     slice_by: str | None = None
     """Field of the row whose values get scores of their own (`label`, `group`, `source`, `meta.<name>`)."""
+    group_by: str | None = None
+    """Field of the row whose equal values make rows share their luck (`group`, `meta.customer`, `meta.template`): the gate resamples such
+    rows together. A row where it is empty stands alone. null: all do."""
     general: bool = False
     """true: guards against forgetting, rather than measures the product."""
 
@@ -803,7 +806,7 @@ class Relative:
     """Largest loss that is still acceptable, in the metric's unit."""
     test: Literal["mcnemar", "bootstrap"] = "mcnemar"
     """`mcnemar`: exact, for right/wrong metrics. `bootstrap`: paired, for the rest, and in McNemar's place where a task has
-    several phrasings: a row's score is their mean, since they share its luck."""
+    several phrasings (a row's score is their mean, since they share its luck) or `group_by` puts several rows into a group."""
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -101,8 +101,13 @@ def _sample(kind: str, row: Mapping[str, Any], metric: str, averaged: bool, high
     return Sample(doc_id=row["doc_id"], doc_hash=row["doc_hash"], prompt=arguments[0][0], target=str(target), answer=answer, score=score, doc=row["doc"])
 
 
-def slice_of(doc: Mapping[str, Any], field: str, key: str) -> str:
-    """The value of a row by which it is sliced (`label`, `meta.channel`); `(none)` where it is empty.
+def value_of(doc: Mapping[str, Any], field: str, key: str) -> str:
+    """The value of a field of a row (`label`, `meta.channel`); empty where it is.
+
+    Args:
+        doc: the row.
+        field: dotted.
+        key: of the configuration that names the field, for messages.
 
     Raises:
         ConfigError: the row has no such field.
@@ -110,9 +115,9 @@ def slice_of(doc: Mapping[str, Any], field: str, key: str) -> str:
     value: Any = doc
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ConfigError(f"{key}.slice_by={field}: a row has no such field", f"it has: {', '.join(sorted(doc))}")
+            raise ConfigError(f"{key}={field}: a row has no such field", f"it has: {', '.join(sorted(doc))}")
         value = value[part]
-    return "(none)" if value in (None, "") else str(value)
+    return "" if value is None else str(value)
 
 
 def average(results: Mapping[str, Result]) -> dict[str, Any]:
@@ -158,7 +163,8 @@ def sample_rows(results: Mapping[str, Result], task: Task, key: str) -> list[dic
             "prompt": s.prompt,
             "target": s.target,
             "answer": s.answer,
-            "slice": slice_of(s.doc, task.slice_by, key) if task.slice_by else "",
+            "slice": (value_of(s.doc, task.slice_by, f"{key}.slice_by") or "(none)") if task.slice_by else "",
+            "group": value_of(s.doc, task.group_by, f"{key}.group_by") if task.group_by else "",
         }
         for name, result in results.items()
         for s in result.samples

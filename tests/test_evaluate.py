@@ -14,7 +14,7 @@ from conf.schema import Task
 from conf.yaml import dump
 from stages import evaluate
 from stages.files import read_json, read_jsonl, sha256
-from stages.results import Result, Sample, average, sample_rows, slice_of, slice_scores
+from stages.results import Result, Sample, average, sample_rows, slice_scores, value_of
 from tests.models import tiny_llama
 
 INTENTS = ["refund_status", "change_address", "cancel_order", "other"]
@@ -48,9 +48,21 @@ def test_slices_count_rows_not_answers() -> None:
 
 
 def test_a_slice_field_must_be_there() -> None:
-    assert slice_of({"meta": {"channel": None}}, "meta.channel", "k") == "(none)" and slice_of({"n": 0}, "n", "k") == "0"
+    assert value_of({"meta": {"channel": None}}, "meta.channel", "k") == "" and value_of({"n": 0}, "n", "k") == "0"
     with pytest.raises(ConfigError, match=r"evaluate\.tasks\.t\.slice_by=meta\.chanel: a row has no such field"):
-        slice_of({"meta": {"channel": "web"}}, "meta.chanel", "evaluate.tasks.t")
+        value_of({"meta": {"channel": "web"}}, "meta.chanel", "evaluate.tasks.t.slice_by")
+
+
+def test_rows_carry_what_they_are_sliced_and_grouped_by() -> None:
+    task = Task(phrasings=["a"], metric="acc", slice_by="meta.channel", group_by="label")
+    assert {(row["doc_hash"], row["slice"], row["group"]) for row in sample_rows({"a": result(1, 0, 1)}, task, "key")} == {
+        ("h0", "(none)", "x"),
+        ("h1", "(none)", "y"),
+        ("h2", "(none)", "x"),
+    }
+    assert {row["group"] for row in sample_rows({"a": result(1, 0)}, Task(phrasings=["a"], metric="acc"), "key")} == {""}
+    with pytest.raises(ConfigError, match=r"key\.group_by=customer: a row has no such field"):
+        sample_rows({"a": result(1, 0)}, Task(phrasings=["a"], metric="acc", group_by="customer"), "key")
 
 
 def test_a_broken_row_is_null_in_the_samples_and_in_its_slice() -> None:

@@ -176,6 +176,67 @@ def test_phrasings_of_a_row_are_one_observation() -> None:
     assert (found["rows"], found["method"], found["difference"]) == (500, "bootstrap", pytest.approx(-0.01))
 
 
+def grouped(rows: list[dict[str, Any]], size: int = 4) -> list[dict[str, Any]]:
+    """The same rows, the first so many of one customer, and so on."""
+    return [row | {"group": f"customer {n // size}"} for n, row in enumerate(rows)]
+
+
+def test_rows_of_a_group_are_resampled_together() -> None:
+    rule = Relative(task="intent", margin=0.03)
+    alone, together = (weigh(of(rows(400, 100)), of(rows(392, 108)), rule) for of in (list, grouped))
+    assert (alone["method"], alone["groups"]) == ("exact", None)
+    assert (together["method"], together["groups"], together["rows"]) == ("grouped bootstrap", 125, 500)
+    assert together["design_effect"] == pytest.approx(4, rel=0.02) and "500 rows in 125 groups" in together["reason"]
+    assert (alone["outcome"], together["outcome"]) == ("promote", "inconclusive"), "eight losses of two customers are two"
+    assert together["rows_needed"] > 3 * alone["rows_needed"]
+    single = weigh([row | {"group": f"{n}"} for n, row in enumerate(rows(400, 100))], [row | {"group": f"{n}"} for n, row in enumerate(rows(392, 108))], rule)
+    assert {**single, "groups": None} == alone, "groups of one row each stand alone"
+
+
+def test_a_row_without_a_group_stands_alone() -> None:
+    rule = Relative(task="intent", margin=0.03)
+    some = [(row | {"group": "" if n % 2 else f"customer {n // 8}"}) for n, row in enumerate(rows(400, 100))]
+    found = weigh(some, some, rule)
+    assert found["groups"] == 250 + 63
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (list, grouped, "grouped differently: 500 of 500 rows, as doc_hash 0000, in '' and in 'customer 0' (evaluate the champion with the task's group_by"),
+        (grouped, list, "grouped differently: 500 of 500 rows"),
+        (grouped, lambda of: grouped(of, 5), "grouped differently: 490 of 500 rows, as doc_hash 0004, in 'customer 1' and in 'customer 0'"),
+        (grouped, lambda of: [*grouped(of), of[0] | {"phrasing": "other", "group": "x"}], "row 0000 of the candidate is of two groups"),
+    ],
+)
+def test_other_groups_hold(old: Callable[[Any], Any], new: Callable[[Any], Any], reason: str) -> None:
+    found = weigh(old(rows(400, 100)), new(rows(400, 100)), Relative(task="intent"))
+    assert found["outcome"] == "hold"
+    assert reason in found["reason"]
+
+
+def test_the_verdict_has_an_interval_that_agrees_with_the_outcome() -> None:
+    rule = Relative(task="intent", margin=0.03)
+    for right, outcome in ((402, "promote"), (340, "hold"), (390, "inconclusive")):
+        found = weigh(rows(400, 100), rows(right, 500 - right), rule)
+        assert found["outcome"] == outcome
+        assert found["low"] <= found["difference"] <= found["high"]
+        assert found["confidence"] == 0.9
+        assert {"promote": found["low"] > -0.03, "hold": found["high"] < -0.03, "inconclusive": found["low"] < -0.03 < found["high"]}[outcome]
+
+
+def test_an_inconclusive_result_says_how_many_rows_would_settle_it_and_when_none_would() -> None:
+    unclear = weigh(rows(400, 100), rows(390, 110), Relative(task="intent", margin=0.03))
+    assert f"about {unclear['rows_needed_as_seen']} if the true difference is the one seen" in unclear["reason"]
+    assert unclear["rows_needed_as_seen"] > 500
+    at_the_margin = weigh(rows(400, 100), rows(385, 115), Relative(task="intent", margin=0.03))
+    assert at_the_margin["rows_needed_as_seen"] is None and "no number if the true difference is the one seen" in at_the_margin["reason"]
+    equal = weigh(rows(400, 100), rows(400, 100), Relative(task="intent", margin=0.0))
+    assert equal["rows_needed"] is None and "no number would do for an equal model" in equal["reason"]
+    few = weigh(rows(2, 1), rows(2, 1), Relative(task="intent", margin=0.0))
+    assert few["minimum_detectable_effect"] is None and "minimum detectable effect none" in few["reason"]
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [

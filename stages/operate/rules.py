@@ -21,7 +21,7 @@ class RuleChange:
 
 def rule_changes(before: Values, after: Values) -> list[RuleChange]:
     """Every change between two configurations that bears on whether a model is promoted, the loosening ones first."""
-    found = [*_absolute(before, after), *_relative(before, after), *_gate(before, after), *_tasks(before, after), *_attacks(before, after)]
+    found = [*_limits(before, after), *_gate(before, after), *_tasks(before, after), *_attacks(before, after)]
     return sorted(found, key=lambda change: (("loosens", "changes", "tightens").index(change.effect), change.what))
 
 
@@ -42,33 +42,30 @@ def _moved(key: str, old: Any, new: Any, larger: Effect) -> RuleChange:
     return RuleChange(effect=larger if new > old else smaller, what=f"{key}: {old:g} → {new:g}")
 
 
-def _absolute(before: Values, after: Values) -> Iterator[RuleChange]:
-    for name, old, new in _pairs("gate.absolute", before, after):
-        key = f"gate.absolute.{name}"
-        if not new:
-            yield RuleChange(effect="loosens", what=f"{key} is dropped: {old['metric']} {old['direction'].replace('_', ' ')} {old['limit']:g}")
-        elif not old:
-            yield RuleChange(effect="tightens", what=f"{key} is new: {new['metric']} {new['direction'].replace('_', ' ')} {new['limit']:g}")
-        else:
-            for part in ("metric", "direction"):
-                if old[part] != new[part]:
-                    yield RuleChange(effect="loosens", what=f"{key}.{part}: {old[part]} → {new[part]}: the earlier rule is gone")
-            if old["limit"] != new["limit"]:
-                yield _moved(f"{key}.limit", old["limit"], new["limit"], "tightens" if new["direction"] == "at_least" else "loosens")
+def _limits(before: Values, after: Values) -> Iterator[RuleChange]:
+    """The rules of both kinds: each is about something, and has one number."""
+    for kind, about, number in (("absolute", ("metric", "direction"), "limit"), ("relative", ("task",), "margin")):
+        for name, old, new in _pairs(f"gate.{kind}", before, after):
+            key = f"gate.{kind}.{name}"
+            if not new:
+                yield RuleChange(effect="loosens", what=f"{key} is dropped: {_said(old)}")
+            elif not old:
+                yield RuleChange(effect="tightens", what=f"{key} is new: {_said(new)}")
+            else:
+                for part in about:
+                    if old[part] != new[part]:
+                        yield RuleChange(effect="loosens", what=f"{key}.{part}: {old[part]} → {new[part]}: the earlier rule is gone")
+                if old[number] != new[number]:
+                    yield _moved(f"{key}.{number}", old[number], new[number], "tightens" if new.get("direction") == "at_least" else "loosens")
+                if old.get("test") != new.get("test"):
+                    yield RuleChange(effect="changes", what=f"{key}.test: {old.get('test')} → {new.get('test')}")
 
 
-def _relative(before: Values, after: Values) -> Iterator[RuleChange]:
-    for name, old, new in _pairs("gate.relative", before, after):
-        key = f"gate.relative.{name}"
-        if not new:
-            yield RuleChange(effect="loosens", what=f"{key} is dropped: {old['task']} not worse than the champion by {old['margin']:g}")
-        elif not old:
-            yield RuleChange(effect="tightens", what=f"{key} is new: {new['task']} not worse than the champion by {new['margin']:g}")
-        else:
-            if old["task"] != new["task"]:
-                yield RuleChange(effect="loosens", what=f"{key}.task: {old['task']} → {new['task']}: the earlier rule is gone")
-            if old["margin"] != new["margin"]:
-                yield _moved(f"{key}.margin", old["margin"], new["margin"], "loosens")
+def _said(rule: Values) -> str:
+    """A rule in words."""
+    if "metric" in rule:
+        return f"{rule['metric']} {rule['direction'].replace('_', ' ')} {rule['limit']:g}"
+    return f"{rule['task']} not worse than the champion by {rule['margin']:g}"
 
 
 def _gate(before: Values, after: Values) -> Iterator[RuleChange]:
@@ -94,6 +91,9 @@ def _tasks(before: Values, after: Values) -> Iterator[RuleChange]:
         limits = [float("inf") if side["limit"] is None else side["limit"] for side in (old, new)]
         if limits[0] != limits[1]:
             yield _moved(f"{key}.limit", limits[0], limits[1], "tightens")
+        if (groups := (old.get("group_by"), new.get("group_by")))[0] != groups[1]:
+            effect: Effect = "changes" if all(groups) else "tightens" if groups[1] else "loosens"
+            yield RuleChange(effect=effect, what=f"{key}.group_by: {groups[0]} → {groups[1]}")
         for part in ("metric", "system", "fewshot", "higher_is_better", "chat"):
             if old.get(part) != new.get(part):
                 yield RuleChange(effect="changes", what=f"{key}.{part}: {old.get(part)!r} → {new.get(part)!r}")
