@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,7 +40,8 @@ def _pairs(key: str, before: Values, after: Values) -> Iterator[tuple[str, Value
 def _moved(key: str, old: Any, new: Any, larger: Effect) -> RuleChange:
     """A number that moved; `larger` is what a larger one does."""
     smaller: Effect = "tightens" if larger == "loosens" else "loosens"
-    return RuleChange(effect=larger if new > old else smaller, what=f"{key}: {old:g} → {new:g}")
+    told = [f"{value:g}" if value < math.inf else "all" for value in (old, new)]
+    return RuleChange(effect=larger if new > old else smaller, what=f"{key}: {told[0]} → {told[1]}")
 
 
 def _limits(before: Values, after: Values) -> Iterator[RuleChange]:
@@ -88,7 +90,7 @@ def _tasks(before: Values, after: Values) -> Iterator[RuleChange]:
             continue
         if gone := sorted({*old["phrasings"]} - {*new["phrasings"]}):
             yield RuleChange(effect="loosens", what=f"{key}.phrasings: {', '.join(gone)} is no longer asked")
-        limits = [float("inf") if side["limit"] is None else side["limit"] for side in (old, new)]
+        limits = [math.inf if side["limit"] is None else side["limit"] for side in (old, new)]
         if limits[0] != limits[1]:
             yield _moved(f"{key}.limit", limits[0], limits[1], "tightens")
         if (groups := (old.get("group_by"), new.get("group_by")))[0] != groups[1]:

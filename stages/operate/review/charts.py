@@ -28,7 +28,7 @@ def _svg(chart: Any) -> str:
     import vl_convert
 
     style = {"labelColor": MUTED, "titleColor": MUTED, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "labelLimit": 240}
-    axis = style | {"gridColor": GRID, "domainColor": GRID, "tickColor": GRID}
+    axis = style | {"gridColor": GRID, "domainColor": GRID, "tickColor": GRID, "tickCount": 8}
     dressed = chart.configure(background="transparent", font="sans-serif").configure_view(stroke=None).configure_axis(**axis).configure_legend(**style)
     return str(vl_convert.vegalite_to_svg(dressed.to_dict()))
 
@@ -102,7 +102,7 @@ def differences(found: Sequence[ScoreChange]) -> str | None:
     base = alt.Chart(alt.Data(values=rows)).encode(y=alt.Y("name:N", title=None))
     zero = alt.Chart(alt.Data(values=[{"x": 0}])).mark_rule(color=INK, strokeDash=[3, 3]).encode(x="x:Q")
     reach = base.mark_rule(strokeWidth=2, color=NEW).encode(
-        x=alt.X("low:Q", title="candidate less champion, paired 95% interval", scale=alt.Scale(padding=12)), x2="high:Q"
+        x=alt.X("low:Q", title="gain over the champion, paired 95% interval", scale=alt.Scale(padding=12)), x2="high:Q"
     )
     points = base.mark_point(filled=True, size=60, color=NEW, opacity=1).encode(x="value:Q")
     return _svg((zero + reach + points).properties(width=WIDTH, height=alt.Step(26)))

@@ -118,7 +118,7 @@ def review(base_name: str, production_name: str, *, time_answers: bool = True) -
     scores, attacks = found.attempt(lambda: tree.json(SCORES)) or {}, found.attempt(lambda: tree.json(ATTACKS)) or {}
     found.flags = tampering(base, tree, found.rules, scores.get("tasks", {}), attacks, found.data.leaked if found.data else 0)
     if (weighty := [flag for flag in found.flags if flag.holds]) and (not measured or base.model != tree.model):
-        found.held.insert(0, f"it alters the model and weakens its judge in one ({len(weighty)} flags): bring the judge's change in a change of its own")
+        found.held.insert(0, f"it alters the model and weakens its judge in one (flags: {len(weighty)}): bring the judge's change in a change of its own")
     return found
 
 

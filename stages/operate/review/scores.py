@@ -7,12 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import DataError
-from stages.champion import join, number, read_pairs
+from conf.schema import Relative
+from stages.champion import Json, number, read_pairs, weigh
 from stages.operate.review.judge import SAMPLES, SCORES, Judgement
 from stages.operate.review.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from stages.statistics import Comparison
 
 CONFIDENCE = 0.95
 """Of the intervals."""
@@ -36,7 +40,7 @@ class ScoreChange:
     candidate: float | None
     candidate_error: float | None
     difference: float | None
-    """Candidate less champion, over the rows that both were asked."""
+    """Over the rows that both were asked; above 0, the candidate is better."""
     low: float | None
     high: float | None
     """Paired interval of the difference, at `CONFIDENCE`."""
@@ -67,18 +71,14 @@ def score_changes(judged: Judgement, champion: Snapshot | None) -> list[ScoreCha
 
 
 def _score_change(task: str, entry: Row, before: Row | None, rows: Sequence[Row], champion: Snapshot | None, rule: Row) -> ScoreChange:
-    from stages.statistics import interval
-
     difference = low = high = None
     reason = str(rule.get("reason", "")).removeprefix(f"{task}: ")
     if champion is None or before is None:
-        reason = reason or "there is no champion to compare with" if champion is None else "the champion was not asked this"
+        reason = reason or ("there is no champion to compare with" if champion is None else "the champion was not asked this")
     else:
         try:
-            sides = join(read_pairs(champion.rows(f"{SAMPLES}/{task}.jsonl"), "champion"), read_pairs(rows, "candidate"))
-            difference = sum(sides[1]) / len(sides[1]) - sum(sides[0]) / len(sides[0])
-            whole = all(score in (0, 1) for side in sides for score in side)
-            low, high = interval(*sides, method="exact" if whole else "bootstrap", confidence=CONFIDENCE)
+            found = compared(task, (dict(before), champion.rows(f"{SAMPLES}/{task}.jsonl")), (dict(entry), rows))
+            difference, (low, high) = found.difference, found.interval((1 - CONFIDENCE) / 2)
         except DataError as error:
             reason = reason or error.what
     return ScoreChange(
@@ -96,6 +96,17 @@ def _score_change(task: str, entry: Row, before: Row | None, rows: Sequence[Row]
         outcome=str(rule.get("outcome", "")),
         reason=reason,
     )
+
+
+def compared(task: str, champion: tuple[Json, Sequence[Row]], candidate: tuple[Json, Sequence[Row]]) -> Comparison:
+    """The same rows of both, by the gate's own means.
+
+    Raises:
+        DataError: they cannot be compared.
+    """
+    binary = all(row.get("score") in (0, 1) for _, rows in (champion, candidate) for row in rows)
+    rule = Relative(task=task, margin=0.0, test="mcnemar" if binary else "bootstrap")
+    return weigh(rule, (champion[0], read_pairs(champion[1], "champion")), (candidate[0], read_pairs(candidate[1], "candidate")))
 
 
 def sample_changes(judged: Judgement, champion: Snapshot | None, most: int = SHOWN) -> list[SampleChange]:
