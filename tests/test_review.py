@@ -91,6 +91,12 @@ def test_the_label_shift_is_a_share() -> None:
     assert shift({}, {"a": 1}) == 1
 
 
+@pytest.fixture
+def no_file_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.operate.review.tampering.changed_files", lambda base: [])
+
+
+@pytest.mark.usefixtures("no_file_changed")
 def test_rows_to_train_on_that_the_base_asks_are_counted() -> None:
     base = Made(
         {"dvc.lock": {"stages": {"preprocess": {"outs": [{"path": "data/preprocess", "md5": "1"}]}}}, "data/preprocess/test.jsonl": [{"text": "Where is it?"}]}
@@ -102,6 +108,7 @@ def test_rows_to_train_on_that_the_base_asks_are_counted() -> None:
     assert [flag.what for flag in flags if flag.holds] == ["1 rows to train on are in the base's evaluation set, word for word"]
 
 
+@pytest.mark.usefixtures("no_file_changed")
 @pytest.mark.parametrize(
     ("before", "after", "what"),
     [
@@ -119,6 +126,7 @@ def test_loosened_rules_are_flagged_and_hold(before: dict[str, Any], after: dict
     assert not [flag for flag in tampering(tree, base, rule_changes(after, before), {}, {}, 0) if flag.holds], "the other way round it is stricter"
 
 
+@pytest.mark.usefixtures("no_file_changed")
 def test_a_smaller_evaluation_set_is_flagged() -> None:
     base = Made({"models/evaluate/scores.json": {"tasks": {"t": {"n": 10}}}, "models/redteam/result.json": {"attacks": {"n": 30}, "benign": {"n": 5}}})
     found = [flag.what for flag in tampering(base, Made({}), [], {"t": {"n": 9}}, {"attacks": {"n": 29}, "benign": {"n": 5}}, 0)]
