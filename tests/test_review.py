@@ -378,6 +378,7 @@ def test_a_champion_is_pinned_by_one_line(small: Path, monkeypatch: pytest.Monke
     assert "already pins" in pin("main")
     (small / "dvc.lock").write_text(yaml.safe_dump(lock("two")))
     git("commit", "-qam", "Two")
+    assert "serves the model of this tree" in pin("main", when_other=True)
     assert f"champion: {head} → {git('rev-parse', 'HEAD').stdout.strip()}" in pin("main")
     assert file.read_text().count("champion:") == 1
     (small / "dvc.lock").unlink()

@@ -15,8 +15,12 @@ from stages.operate.review.snapshot import Snapshot
 LINE = re.compile(r"^champion:[^\n]*$", re.M)
 
 
-def pin(revision: str) -> str:
+def pin(revision: str, when_other: bool = False) -> str:
     """Rewrite or add the line `champion: …` of the chosen file in conf/gate/; returns what changed, in a sentence.
+
+    Args:
+        revision: that is in production.
+        when_other: pin only a champion that this tree's model, as last measured, can be compared with: one that serves another model.
 
     Raises:
         ConfigError: there is no such revision, or conf/ is wrong, or it takes the champion from another file.
@@ -25,6 +29,8 @@ def pin(revision: str) -> str:
     from conf.compose import compose
 
     wanted = Snapshot(commit(revision))
+    if when_other and wanted.served in (None, Snapshot(None).measured):
+        return f"{revision} serves {'no model yet' if wanted.served is None else 'the model of this tree'}: there is nothing to compare"
     if wanted.served is None:
         raise DataError(f"{revision} serves no model: its dvc.lock has no package", "name the revision that is in production")
     origins = compose(conf=Path("conf").resolve()).origins

@@ -80,11 +80,14 @@ def review(
 
 
 @app.command()
-def champion(revision: Annotated[str, typer.Argument(help="Branch, tag or commit whose model is in production.")] = "main") -> None:
+def champion(
+    revision: Annotated[str, typer.Argument(help="Branch, tag or commit whose model is in production.")] = "main",
+    when_other: Annotated[bool, typer.Option("--when-other", help="Only if it serves another model than this tree measured last.")] = False,
+) -> None:
     """Pin what a revision serves as the champion of the gate: one line of conf/gate/ changes."""
     from stages.operate.champion import pin
 
-    typer.echo(pin(revision))
+    typer.echo(pin(revision, when_other))
 
 
 @app.command()
