@@ -21,10 +21,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import io
-import json
 import os
-import runpy
 import selectors
 import signal
 import socket
@@ -33,7 +30,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,24 +39,23 @@ from types import FrameType
 import psutil
 
 from stages.files import remove
+from stages.operate.child import OURS, Request, become, receive, relevant
 from stages.run import WORK, settle
 
 ADDRESS = WORK / "warm" / "socket"
 MODULES = (
-    *("pydantic", "rich.logging", "pandas", "datatrove.executor.local", "great_expectations", "torch", "transformers.trainer", "trl"),
-    *("transformers.models.llama.modeling_llama", "lm_eval.evaluator", "ctranslate2", "sklearn.linear_model", "dvclive", "phonenumbers", "ftfy"),
+    *("pydantic.dataclasses", "rich.logging", "pandas", "datatrove.executor.local", "great_expectations", "torch", "transformers.trainer"),
+    *("transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "lm_eval.evaluator", "ctranslate2"),
+    *("sklearn.linear_model", "dvclive", "dvc.repo", "phonenumbers", "ftfy"),
 )
 """What takes a stage long to import, in the order of need."""
-OURS = ("conf", "stages")
-DVCS = {"DVC_STAGE", "DVC_ROOT", "PWD", "OLDPWD", "SHLVL", "_", "PS1", "PS2", "PYTHONHASHSEED"}
-"""Environment variables that DVC, its shell or `stages.run` sets for a stage: no library reads them as it is imported."""
 GPUS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 QUIET = {"jemalloc_bg_thd"}
 """Native threads that may be there after a fork."""
 GROUP_WIDE = 0.02
 """Seconds within which an interruption of the whole process group has reached all in it."""
-PARENT_DIES, NAME = 1, 15
-"""Linux's PR_SET_PDEATHSIG and PR_SET_NAME."""
+PARENT_DIES = 1
+"""Linux's PR_SET_PDEATHSIG."""
 
 
 def start(lock: int) -> str | None:
@@ -93,24 +89,6 @@ class Stage:
     ended: int
     """Descriptor that can be read once the child has ended."""
     forked: float = field(default_factory=time.monotonic)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What makes up a process: what a child becomes."""
-
-    command: list[str]
-    """`python -m <module> <arguments>`."""
-    folder: str
-    environment: dict[str, str]
-    interruptible: bool
-    """Whether an interruption is for it, and not ignored as in a background job of a shell without job control."""
-    streams: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        """What runs."""
-        return self.command[2]
 
 
 class Server:
@@ -248,11 +226,6 @@ class Server:
         os._exit(0)
 
 
-def relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a library may read as it is imported."""
-    return {name: value for name, value in environment.items() if name not in DVCS}
-
-
 def changeable() -> list[tuple[str, int]]:
     """When what this process has loaded of the repository last changed, and what is installed."""
     ours = [module.__file__ for name, module in sorted(sys.modules.items()) if name.split(".")[0] in (*OURS, "__main__")]
@@ -263,17 +236,6 @@ def native_threads() -> list[str]:
     """Names of this process's threads, without the main one and those that know of forks."""
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     return [name for name in names if name not in QUIET]
-
-
-def receive(connection: socket.socket) -> Request | None:
-    """What a stage hands over; None: it went away."""
-    text, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
-    while text and not text.endswith(b"\n"):
-        more = connection.recv(1 << 16)
-        if not more:
-            text = b""
-        text += more
-    return Request(**json.loads(text), streams=tuple(streams)) if text else None
 
 
 def refuse(connection: socket.socket, request: Request, reason: str) -> None:
@@ -293,32 +255,6 @@ def kill_tree(child: int) -> None:
         for process in [*top.children(recursive=True), top]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-def become(request: Request) -> None:
-    """Turn this child into `python -m <command>`, which ends as that does."""
-    for number, stream in enumerate(request.streams):
-        os.dup2(stream, number)
-        os.close(stream)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
-    for name in DVCS:
-        if name in request.environment:
-            os.environ[name] = request.environment[name]
-        else:
-            os.environ.pop(name, None)
-    os.environ["PYTHONHASHSEED"] = "0"  # as `stages.run` would start it anew
-    os.chdir(request.folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
-    sys.orig_argv, sys.argv = request.command, ["-m", *request.command[3:]]
-    ctypes.CDLL(None).prctl(NAME, request.module.encode())
-    gc.enable()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler if request.interruptible else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
 
 
 def main(listener: int, lock: int, dvc: int) -> None:
