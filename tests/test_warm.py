@@ -145,6 +145,27 @@ def test_dvc_hears_how_a_stage_ended(tmp_path: Path, body: str, code: str) -> No
     assert process.returncode != 0
 
 
+def test_what_is_registered_for_the_end_of_a_process_is_done(tmp_path: Path) -> None:
+    ends = """
+import atexit, sys, threading, time
+def late():
+    time.sleep(0.3)
+    open("thread", "w").write("done")
+def main():
+    assert "warm" in open(f"/proc/{__import__('os').getppid()}/cmdline").read()
+    atexit.register(lambda: open("atexit", "w").write("done"))
+    threading.Thread(target=late).start()
+    sys.stdout.write("not flushed")
+    sys.exit("in words")
+"""
+    folder = checkout(tmp_path, one=ends)
+    text = said(start(folder, *REPRO))
+    assert "not flushed" in text
+    assert "in words\n" in text
+    assert "exited with 1" in text
+    assert (folder / "thread").read_text() == (folder / "atexit").read_text() == "done"
+
+
 def test_code_that_changed_meanwhile_is_what_runs(tmp_path: Path) -> None:
     edit = "def main():\n    from stages import helper; from pathlib import Path\n    Path('stages/helper.py').write_text('WORD = \"new\" * 2')"
     folder = checkout(tmp_path, one=edit, two="def main():\n    from stages import helper\n    print('helper says', helper.WORD)")

@@ -3,7 +3,7 @@
 DVC refuses a second `dvc repro`: while a stage runs it names the process that is in the way, between two stages (hashing, caching)
 it says only that there is one. This waits for it instead, and says for whom. DVC writes dvc.lock and its list of locks in place, so
 that a kill in that moment leaves half of one, which no later `dvc repro` can read: this removes it. Nothing is lost with it; what was
-done is in the cache.
+done is in the cache. Its stages are forked from a warm parent, `stages.operate.warm`; the bytes are those of a plain `dvc repro`.
 """
 
 from __future__ import annotations

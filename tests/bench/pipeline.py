@@ -1,34 +1,41 @@
 """The whole `tiny` pipeline beside a plain script, and a `dvc repro` that has nothing to do beside a bare one: `python -m tests.bench.pipeline`.
 
-Both sides run in copies of the working tree, in turn, warm: once before anything counts, so that downloads, bytecode and the page
-cache are there. Before every run its outputs, DVC's cache and the stages' work folders are removed, so that neither side finds
-anything done. The script is one process that calls the same stages' `main()` one after another: no DVC, and every library
-imported once. Both must write the same bytes, or the measurement is refused.
+Three run in copies of the working tree, in turn, warm: once before anything counts, so that downloads, bytecode and the page cache are
+there. `trunkline repro` is what `make` runs: DVC beside a parent that imports the libraries once and forks the stages; a plain `dvc
+repro` starts each anew; the script is one process that calls the same stages' `main()` one after another, without DVC. Before every run
+its outputs, DVC's cache and the stages' work folders are removed, so that none finds anything done. All must write the same bytes, and
+both repros the same dvc.lock, or the measurement is refused.
 
 Where the time goes: a shim in the place of `python` notes when each stage's process begins and ends; the interpreter's own
-PYTHONPROFILEIMPORTTIME, in a run of its own, says what of it are imports; what remains of `dvc repro` is DVC's.
+PYTHONPROFILEIMPORTTIME, in a run of its own, says what of it are imports; what remains is DVC's. Processor time counts every process,
+the warm parent too, which works on a core of its own while the first stages run.
 
 The no-op: eleven stages with one dependency and one output each, `cp` from one to the next, beside ours after a whole run.
 
 Found by profiling, in seconds of one core:
+- imports: 2.5 Great Expectations, 1.1 torch, 2.0 the trainer of transformers, 0.1 to 0.4 each of the others; a forked stage imports for
+  0.2, of this repository's modules
+- at its end Python takes apart every module that was ever imported. With all libraries loaded that is longer than the gate: a forked
+  stage ends as a child of multiprocessing does
 - DVC reads params.yaml once for each stage of a no-op and three times for each stage that runs, and dvc.lock before and after. In
   Python that is 0.04 for each params.yaml, 0.14 to read and 0.32 to rewrite 2,574 lines of dvc.lock; with ruamel.yaml.clib
   installed, ruamel reads in C: a no-op of 1.15 takes 0.60
+- a no-op of 0.68, the bare one 0.40: 0.13 are ten readings of params.yaml (1,359 values, each met by ruamel's resolver and by the
+  garbage collector), 0.04 dvc.lock, 0.05 to 0.1 looking up 208 dependencies, about a millisecond for each in all
 - where PYTHONDONTWRITEBYTECODE is set, as in many containers, imports take twice as long (Hydra, 0.25 for 0.12) to six times
   (requests, 0.9 for 0.16): `make` unsets it
 - scipy and statsmodels without a champion, 1.7 in the gate; requests without a download, 0.2 in collect and in select
 
-Tried, and not kept:
-- params.yaml as a file that package depends on, instead of all its values: dvc.lock is a third shorter, 0.1 less for each stage that
-  runs, but a comment in conf/ changes line 1 and would build the Bento anew
-- params.json in the place of params.yaml: a no-op takes 0.97 instead of 1.45, still 1.7 times the bare one, and
-  `-S tune.learning_rate=…` would need the file's name before it
+Tried, and not kept (no-ops in seconds of processor time, the least of 12 in turn, where ours takes 0.68 and the bare one 0.40):
+- package without all values of params.yaml, and stages/sources and stages/steps as folders, 25 dependencies fewer: 0.68, no gain beyond
+  the noise. A comment in conf/ must not build a Bento, and `trunkline plan` names the file that changed
+- every key and text of params.yaml in quotes, which ruamel need not resolve: 0.65, and a file that is harder to read
+- with both, the modules of stages/serve left out of `deps`, as if they were one folder, 50 dependencies fewer: 0.60, 1.5 times the bare one
+- with the first two, params.json in the place of params.yaml: 0.58, 1.45 times; but `-S tune.learning_rate=…` would need the file's name
+  before it
 - params.yaml in flow style, or one line of JSON per stage: 0.032 to 0.035 instead of 0.037 to read
 - compiling all of the environment in `make setup` (`uv pip install --compile-bytecode`): 27,000 files, of which a run imports a
   third; Python compiles those as it meets them, once
-- starting the stages from a warm parent: it would save at most what the table calls imports, less those of the script. A fork after
-  torch and OpenMP have started threads is not safe, libraries read the hash seed and settings as they are imported, a parent that
-  lives on serves yesterday's code, and DVC starts what `cmd` says. Determinism is worth more here than those seconds
 """
 
 from __future__ import annotations
