@@ -44,11 +44,12 @@ from stages.run import WORK, settle
 
 ADDRESS = WORK / "warm" / "socket"
 MODULES = (
-    *("pydantic.dataclasses", "rich.logging", "pandas", "datatrove.executor.local", "great_expectations", "torch", "transformers.trainer"),
-    *("transformers.models.llama.modeling_llama", "trl.trainer.sft_trainer", "lm_eval.evaluator", "ctranslate2"),
-    *("sklearn.linear_model", "dvclive", "dvc.repo", "phonenumbers", "ftfy"),
+    *("pydantic.dataclasses", "rich.logging", "numpy", "pandas", "datatrove.executor.local"),
+    *("sqlalchemy.orm", "pyparsing", "altair", "scipy.stats", "boto3", "great_expectations"),
+    *("torch", "sympy", "torch.distributed.tensor", "torch._dynamo", "peft", "transformers.trainer", "transformers.models.llama.modeling_llama"),
+    *("trl.trainer.sft_trainer", "lm_eval.evaluator", "ctranslate2", "sklearn.linear_model", "dvclive", "dvc.repo", "phonenumbers", "ftfy"),
 )
-"""What takes a stage long to import, in the order of need."""
+"""What takes a stage long to import, in the order of need; the large libraries in parts, because a stage that asks meanwhile waits for one."""
 GPUS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 QUIET = {"jemalloc_bg_thd"}
 """Native threads that may be there after a fork."""
