@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 REPRO = (sys.executable, "-m", "stages.operate.cli", "repro")
 TRAITS = """
-import ctypes, json, locale, os, random, resource, signal, sys, threading
+import ctypes, json, locale, os, random, resource, signal, stat, sys, threading
 from pathlib import Path
 def main():
     mask = os.umask(0)
@@ -32,7 +32,7 @@ def main():
         "handlers": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD, signal.SIGHUP)],
         "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "in DVC's group": os.getpgid(0) == os.getsid(0),
         "streams": [[s.encoding, s.errors, s.line_buffering, s.isatty(), os.fstat(n).st_ino] for n, s in enumerate((sys.stdin, sys.stdout, sys.stderr))],
-        "files": sorted(int(f) for f in os.listdir("/proc/self/fd"))[:-1], "threads": threading.active_count(), "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "files": sorted("socket" if stat.S_ISSOCK(os.stat(f"/proc/self/fd/{f}").st_mode) else f for f in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{f}")), "threads": threading.active_count(), "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
         "collector": __import__("gc").isenabled(), "locale": locale.setlocale(locale.LC_CTYPE), "nice": os.nice(0),
         "warm": "json.tool" in sys.modules, "parent": Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\\0")[:-1],
     }
@@ -130,6 +130,7 @@ def test_a_forked_stage_is_what_a_started_one_is(tmp_path: Path) -> None:
             stream.pop()  # another pipe
         for name in ("PWD", "OLDPWD", "SHLVL", "_"):
             traits["environment"].pop(name, None)
+    assert warm.pop("files") == [*cold.pop("files"), "socket"], "what it tells its exit code by; no process that it starts has it"
     assert warm == cold
 
 

@@ -42,6 +42,8 @@ class Request:
     interruptible: bool
     """Whether an interruption is for it, and not ignored as in a background job of a shell without job control."""
     streams: tuple[int, ...]
+    connection: socket.socket | None = None
+    """To the process that it stands for, in the child: it tells its exit code itself, because the parent may be importing."""
 
     @property
     def module(self) -> str:
@@ -88,6 +90,8 @@ def become(request: Request) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler if request.interruptible else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    if request.connection:
+        os.register_at_fork(after_in_child=request.connection.close)  # or a worker that outlives it would keep the other end waiting
     code = 0
     try:
         runpy.run_module(request.module, run_name="__main__", alter_sys=True)
@@ -96,7 +100,7 @@ def become(request: Request) -> NoReturn:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    end(code)
+    end(code, request.connection)
 
 
 def exit_code(ended: SystemExit) -> int:
@@ -107,13 +111,16 @@ def exit_code(ended: SystemExit) -> int:
     return 1
 
 
-def end(code: int) -> NoReturn:
-    """End this process, by a signal where the code is negative."""
+def end(code: int, connection: socket.socket | None) -> NoReturn:
+    """End this process, by a signal where the code is negative; the last thing it does is to say so."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
+    if connection and code >= 0:
+        with suppress(OSError):
+            connection.sendall(b"%d\n" % (code & 0xFF))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

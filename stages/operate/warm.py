@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -161,8 +161,7 @@ class Server:
                 os._exit(1)
             os.close(go)
             self.let_go()
-            connection.close()
-            return request
+            return replace(request, connection=connection)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         os.close(go)
         if lost := native_threads():
