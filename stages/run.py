@@ -1,7 +1,9 @@
 """How a stage runs as a process: fixed hash seed and time zone, one-sentence errors, progress on a terminal, and a cost record.
 
 Exit codes: 0 done, 1 a check held, a source failed or the disk is full, 2 the configuration is wrong, 130 interrupted.
-Time and memory vary from run to run, so they go to `.dvc/tmp/trunkline/costs.jsonl`, which no stage depends on.
+Time and memory vary from run to run, so they go to `.dvc/tmp/trunkline/costs.jsonl`, which no stage depends on. The memory is what the
+process had resident at most. Under `trunkline repro` that counts the pages which it shares with its warm parent, also those of libraries
+that it never uses: `start_bytes`, what was resident when it began, tells them from the stage's own.
 """
 
 from __future__ import annotations
@@ -58,11 +60,8 @@ def refusal(said: str) -> str:
     return next((words for words in REFUSALS if words in said), os.strerror(errno.ENOSPC) if FULL.search(said) else "")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's `main` as this process, and exit with its code."""
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        os.environ["PYTHONHASHSEED"] = "0"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+def settle() -> None:
+    """Set what the environment fixes for every stage, before a library reads it."""
     os.environ |= {"TZ": "UTC", "LC_ALL": "C.UTF-8"}  # Great Expectations prints times in the local zone; what a stage starts speaks one language
     time.tzset()
     for name, value in {
@@ -75,6 +74,14 @@ def run(main: Callable[[], None]) -> None:
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's `main` as this process, and exit with its code."""
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    settle()
     from rich.console import Console
     from rich.logging import RichHandler
 
@@ -89,12 +96,12 @@ def run(main: Callable[[], None]) -> None:
         console.print(told, markup=False, highlight=False, soft_wrap=True)
         sys.exit(code)
 
-    started = time.monotonic()
+    started, start_bytes = time.monotonic(), resident_bytes()
     try:
         if "DVC_STAGE" in os.environ:
             check_inputs(stage)
         main()
-        record(stage, time.monotonic() - started)
+        record(stage, time.monotonic() - started, start_bytes)
     except TrunklineError as error:
         stop(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -107,10 +114,16 @@ def run(main: Callable[[], None]) -> None:
         stop(f"{trouble}\n  → free some space or make it writable, then `dvc repro`: nothing half-written was kept", 1)
 
 
-def record(stage: str, seconds: float) -> None:
+def resident_bytes() -> int:
+    """Memory of this process that is resident now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+def record(stage: str, seconds: float, start_bytes: int) -> None:
     """Add a line to the cost record; on a line of its own, also where the last one was cut short."""
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    cost = {"stage": stage, "seconds": round(seconds, 2), "peak_bytes": 1024 * max(own, children), "at": int(time.time())}
+    cost = {"stage": stage, "seconds": round(seconds, 2), "peak_bytes": 1024 * max(own, children), "start_bytes": start_bytes, "at": int(time.time())}
     WORK.mkdir(parents=True, exist_ok=True)
     whole = not COSTS.exists() or COSTS.read_bytes()[-1:] in (b"", b"\n")
     with COSTS.open("a", encoding="utf-8") as file:

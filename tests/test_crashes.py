@@ -82,15 +82,16 @@ def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[s
     return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
 
 
-def stage_process(dvc: int) -> psutil.Process | None:
-    """The process of the stage that a `dvc repro` is running."""
+def stage_processes(dvc: int) -> list[psutil.Process]:
+    """What runs a stage of `dvc repro`: the process that DVC waits for, and under `trunkline repro` its child and their warm parent."""
+    found: dict[bool, list[psutil.Process]] = {True: [], False: []}
     with suppress(psutil.NoSuchProcess):
         for child in psutil.Process(dvc).children(recursive=True):
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 line = child.cmdline()
-                if "-m" in line and line[line.index("-m") + 1].startswith(("stages.", "conf")):
-                    return child
-    return None
+                if "-m" in line and (module := line[line.index("-m") + 1]).startswith(("stages.", "conf")):
+                    found[module == "stages.operate.warm"].append(child)
+    return found[False] + found[True] if found[False] else []
 
 
 def left_running(folder: Path) -> list[str]:
@@ -122,7 +123,10 @@ def recover(folder: Path, stage: str) -> str:
 
 
 def kill_during(folder: Path, stage: str, seconds: float, draw: random.Random) -> Counter[str]:
-    """Run a stage by DVC and kill it KILLS times, in turn with DVC and alone; then let it finish. Counts who was killed and what was seen."""
+    """Run a stage by `trunkline repro` and kill it KILLS times, in turn with DVC and alone (one of what runs it); then let it finish.
+
+    Counts who was killed and what was seen.
+    """
     seen: Counter[str] = Counter()
     while seen["group"] + seen["stage"] < KILLS:
         alone, after = (seen["group"] + seen["stage"]) % 2 == 1, draw.uniform(0.0, seconds)
@@ -130,12 +134,13 @@ def kill_during(folder: Path, stage: str, seconds: float, draw: random.Random) -
         try:
             process.wait(after)
         except subprocess.TimeoutExpired:
-            victim = stage_process(process.pid) if alone else None
-            if victim is None:  # or there is none: DVC starts up, or commits
+            victims = stage_processes(process.pid) if alone else []
+            if not victims:  # or there is none: DVC starts up, or commits
                 os.killpg(process.pid, signal.SIGKILL)
             else:
-                victim.kill()
-            whom = "group" if victim is None else "stage"
+                with suppress(psutil.NoSuchProcess):
+                    draw.choice(victims).kill()
+            whom = "stage" if victims else "group"
             said = process.communicate()[0]
             assert "Traceback" not in said
             needed = recover(folder, stage)
@@ -321,12 +326,13 @@ def test_a_read_only_cache_is_a_sentence(spare: Path, reference: Reference, plac
     check_put_right(spare, reference)
 
 
+@pytest.mark.parametrize("repro", [("dvc", "repro"), REPRO], ids=["dvc", "trunkline"])
 @pytest.mark.parametrize("stage", ["preprocess", "tune", "package"])
-def test_ctrl_c_is_a_sentence_and_the_next_repro_goes_on(spare: Path, reference: Reference, stage: str) -> None:
+def test_ctrl_c_is_a_sentence_and_the_next_repro_goes_on(spare: Path, reference: Reference, stage: str, repro: tuple[str, ...]) -> None:
     seconds = reference.seconds[stage]
     for share in (0.3, 0.6, 0.8):
-        process = start(spare, "dvc", "repro", "--force", "--single-item", stage)
-        while stage_process(process.pid) is None and process.poll() is None:
+        process = start(spare, *repro, "--force", "--single-item", stage)
+        while not stage_processes(process.pid) and process.poll() is None:
             time.sleep(0.02)
         with suppress(subprocess.TimeoutExpired):
             process.wait(share * seconds)

@@ -40,7 +40,7 @@ def config(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def repro(context: typer.Context) -> None:
-    """`dvc repro` with its own arguments: waits for another one in this checkout, and mends what a killed one left."""
+    """`dvc repro` with its own arguments, faster: waits for another one in this checkout, and mends what a killed one left."""
     from stages.operate.repro import repro as run
 
     run(context.args)

@@ -3,7 +3,7 @@
 DVC refuses a second `dvc repro`: while a stage runs it names the process that is in the way, between two stages (hashing, caching)
 it says only that there is one. This waits for it instead, and says for whom. DVC writes dvc.lock and its list of locks in place, so
 that a kill in that moment leaves half of one, which no later `dvc repro` can read: this removes it. Nothing is lost with it; what was
-done is in the cache.
+done is in the cache. Its stages are forked from a warm parent, `stages.operate.warm`; the bytes are those of a plain `dvc repro`.
 """
 
 from __future__ import annotations
@@ -84,11 +84,16 @@ def mend() -> list[str]:
 
 
 def repro(arguments: list[str]) -> None:
-    """Wait, mend, and become `dvc repro`.
+    """Wait, mend, start a warm parent for the stages, and become `dvc repro`.
 
     Raises:
         ConfigError: DVC is not installed here.
     """
+    from stages.operate import warm
+
+    program = Path(sys.executable).with_name("dvc")
+    if not program.exists():
+        raise ConfigError(f"there is no {program}", "pip install -r requirements.txt")
     said = False
     while (held := next(holders(), None)) is not None:
         if not said:
@@ -103,7 +108,7 @@ def repro(arguments: list[str]) -> None:
     os.set_inheritable(own, True)  # dvc holds it as long as it lives, and its stages do not
     for path in mend():
         sys.stderr.write(f"{path} was half-written when DVC was killed, and is removed: what was done comes from the cache\n")
-    program = Path(sys.executable).with_name("dvc")
-    if not program.exists():
-        raise ConfigError(f"there is no {program}", "pip install -r requirements.txt")
+    os.environ["PYTHONHASHSEED"] = "0"  # or each stage would start twice
+    if address := warm.start(own):
+        os.environ["TRUNKLINE_WARM"] = address
     os.execv(program, [str(program), "repro", *arguments])

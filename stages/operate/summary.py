@@ -29,6 +29,8 @@ class Cost(TypedDict):
     stage: str
     seconds: float
     peak_bytes: int
+    start_bytes: int
+    """Resident when it began: under `trunkline repro`, the libraries of all stages, which it shares; 0: an older record."""
 
 
 class Summary(TypedDict):
@@ -58,7 +60,10 @@ def read_costs(path: Path = COSTS) -> Iterator[dict[str, Any]]:
 
 def costs(path: Path = COSTS) -> list[Cost]:
     """The last recorded run of each stage, in pipeline order."""
-    last = {row["stage"]: Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"]) for row in read_costs(path)}
+    last = {
+        row["stage"]: Cost(stage=row["stage"], seconds=row["seconds"], peak_bytes=row["peak_bytes"], start_bytes=row.get("start_bytes", 0))
+        for row in read_costs(path)
+    }
     return [last[stage] for stage in STAGES if stage in last]
 
 
@@ -145,11 +150,11 @@ def show(as_json: bool = False) -> None:
         console.print(f"  [dim]tuned   [/] {escape(one_line(answer['tuned']))}\n")
 
     table = Table(title="Time and memory of each stage, when it last ran", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "seconds", "peak memory"):
+    for column in ("stage", "seconds", "peak memory", "of it when it began"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for cost in summary["costs"]:
-        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 2**20:,.0f} MiB")
-    table.add_row("together", f"{sum(cost['seconds'] for cost in summary['costs']):.1f}", "")
+        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 2**20:,.0f} MiB", f"{cost['start_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("together", f"{sum(cost['seconds'] for cost in summary['costs']):.1f}", "", "")
     console.print(table)
 
     for path, size in summary["made"].items():
