@@ -20,8 +20,9 @@ Chosen by simulation. Rejected at alpha 5%, of 600 to 1,000 models worse by just
 The price is power where groups are few and large. What no such test sees is a second kind of loss, too rare to have shown: where three in
 ten groups fall whole and the rest row by row, all of it losses (200 x 10, 2%), 0.115 get through, and 0.215 past the t-test.
 
-The power that is stated is within two points of the simulated one from 20 differing rows and 200 groups on; with fewer the true one is as a rule higher. Of groups
-whose rows stand alone it can be 2.4 points too high where the difference is large (200 x 10, 2.8 points worse: 0.776 for 0.8).
+The power that is stated is within two points of the simulated one from 20 differing rows and 200 groups on; with fewer, the true one is
+as a rule higher. Of groups whose rows stand alone it can be 2.4 points too high where the difference is large (200 x 10, 2.8 points worse:
+0.776 for 0.8).
 """
 
 from __future__ import annotations
