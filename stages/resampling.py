@@ -6,6 +6,23 @@ up to is convolved by Fourier transform, which is the bootstrap with infinitely 
 
 One win and one loss join the groups: those that all agree would otherwise leave nothing to tilt. The two are as large as the largest
 seen; in part, by Laplace's odds of the next group that differs being of a kind not seen yet, they are a whole group.
+
+Chosen by simulation. Rejected at alpha 5%, of 600 to 1,000 models worse by just the margin; then of 300 better than that by 6 points
+(groups x rows, correlation within a group, margin, rows that differ):
+
+                                             this        t-test of groups   Obuchowski's score   signs turned by group
+ 25 x 20, 0,   0.02, 10%                     0.000 0.72      0.047 1.00        0.047 1.00             0.045 1.00
+100 x  5, 0.3, 0.02, 10%                     0.040 0.84      0.075 0.88
+100 x  5, 1,   0.02, 2% (all of them lost)   0.000 0.97      0.133 1.00        0.130 1.00             0.130 1.00
+200 x 10, 0.3, 0.02, 2% (all of them lost)   0.035 1.00      0.117 1.00
+200 x 10, 1,   0.02, 10%                     0.050 0.84      0.060 0.86        0.061 0.89             0.056 0.88
+
+The price is power where groups are few and large. What no such test sees is a second kind of loss, too rare to have shown: where three in
+ten groups fall whole and the rest row by row, all of it losses (200 x 10, 2%), 0.115 get through, and 0.215 past the t-test.
+
+The power that is stated is within two points of the simulated one from 20 differing rows and 200 groups on; with fewer, the true one is
+as a rule higher. Of groups whose rows stand alone it can be 2.4 points too high where the difference is large (200 x 10, 2.8 points worse:
+0.776 for 0.8).
 """
 
 from __future__ import annotations

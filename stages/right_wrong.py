@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
+from statsmodels.stats.proportion import proportion_confint
 
 EXCLUDED = 1e-4
 """Probability of the true share of discordant pairs lying outside the shares that are tried; it is added to the p-value."""
 SHARES = 21
-"""Shares that are tried before the worst one is refined."""
+"""Shares that are tried, and again around the worst of them."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -69,10 +70,10 @@ class RightWrong:
         pairs = round(rows * max(self.share(difference), abs(margin)))
 
         def excess(least: float) -> float:
-            return worst(least, pairs, rows, margin, refine=False) - alpha
+            return worst(least, pairs, rows, margin) - alpha
 
         low, high = normal / 2, normal * 2
-        return float(optimize.brentq(excess, low, high, xtol=3e-3)) if excess(low) > 0 > excess(high) else normal
+        return float(optimize.brentq(excess, low, high, xtol=1e-2)) if excess(low) > 0 > excess(high) else normal
 
     def share(self, difference: float) -> float:
         """Share of discordant pairs to plan with: as seen here (one, where there was none), and no less than the difference takes."""
@@ -90,31 +91,27 @@ def exact(lost: int, gained: int, rows: int, margin: float) -> float:
     """
     if margin == 0:
         return float(stats.binomtest(gained, lost + gained, 0.5, alternative="greater").pvalue) if lost + gained else 1.0
-    return worst(float(score(np.array([lost]), np.array([gained]), rows, margin)[0]), lost + gained, rows, margin, refine=True)
+    return worst(float(score(np.array([lost]), np.array([gained]), rows, margin)[0]), lost + gained, rows, margin)
 
 
-def worst(least: float, pairs: int, rows: int, margin: float, refine: bool) -> float:
+def worst(least: float, pairs: int, rows: int, margin: float) -> float:
     """Probability of a score of `least` or more under a loss of `margin`, at the worst share that `pairs` of `rows` do not exclude."""
-    low, high = (max(bound, abs(margin)) for bound in stats.binomtest(pairs, rows).proportion_ci(1 - EXCLUDED, method="exact"))
-    shares = np.linspace(low, high, SHARES)
+    low, high = (max(bound, abs(margin)) for bound in proportion_confint(pairs, rows, EXCLUDED, method="beta"))
     discordant = likely(rows, low, high)
     fewest = fewest_gained(least, discordant, rows, margin)
 
-    def probability(share: float) -> float:
+    def probability(shares: Floats) -> Floats:
         """Of a score as large, were so large a share of the pairs discordant and the loss just the margin."""
-        gain = min(max((share - margin) / (2 * share), 0.0), 1.0)
-        weights = stats.binom.pmf(discordant, rows, share)
-        some = weights > 1e-15
-        return float(weights[some] @ stats.binom.sf(fewest[some] - 1, discordant[some], gain))
+        gain = np.clip((shares - margin) / (2 * shares), 0.0, 1.0)
+        weights = stats.binom.pmf(discordant, rows, shares[:, None])
+        share, some = np.nonzero(weights > 1e-14)
+        weights = weights[share, some] * stats.binom.sf(fewest[some] - 1, discordant[some], gain[share])
+        return np.bincount(share, weights, shares.size).astype(np.float64)
 
-    found = np.array([probability(share) for share in shares])
-    peak = int(found.argmax())
-    largest = float(found[peak])
-    if refine:
-        around = (shares[max(peak - 1, 0)], shares[min(peak + 1, SHARES - 1)])
-        found_there = optimize.minimize_scalar(lambda share: -probability(share), bounds=around, method="bounded", options={"xatol": 1e-6})
-        largest = max(largest, -float(found_there.fun))
-    return min(1.0, largest + EXCLUDED)
+    shares = np.linspace(low, high, SHARES)
+    peak = int((found := probability(shares)).argmax())
+    around = np.linspace(shares[max(peak - 1, 0)], shares[min(peak + 1, SHARES - 1)], SHARES)
+    return min(1.0, float(max(found[peak], probability(around).max())) + EXCLUDED)
 
 
 def likely(rows: int, low: float, high: float) -> Counts:

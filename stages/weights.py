@@ -242,14 +242,20 @@ def load_safetensors(files: Sequence[Path]) -> tuple[PreTrainedModel, PreTrained
 
 
 def refuse_gaps(name: str, loading: dict[str, set[str]]) -> None:
-    """Hold the tensors of a file against those of its architecture: transformers fills a gap with random numbers.
+    """Hold the tensors of a file against those of its architecture: transformers fills a gap with random numbers, and leaves out a surplus.
 
     Raises:
-        ModelError: tensors are missing, or of another shape.
+        ModelError: tensors are missing, or of another shape, or have no place in the architecture.
     """
     gaps = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))
     if gaps:
         raise ModelError(f"{name}: {len(gaps)} tensors are missing or of a wrong shape, such as {gaps[0]}", "fetch it anew, or choose another base")
+    surplus = sorted(map(str, loading["unexpected_keys"]))
+    if surplus:
+        raise ModelError(
+            f"{name}: {len(surplus)} tensors have no place in the architecture that config.json names, such as {surplus[0]}",
+            "a part of the model would be left out: fetch it anew, or choose another base",
+        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype, out: Path) -> int:

@@ -97,6 +97,8 @@ def test_what_ran_before_is_restored_and_what_is_gone_is_fetched(toy: Toy) -> No
         (lambda c: c["gate"]["relative"]["intent"].update(margin=0.2), "loosens", "gate.relative.intent.margin: 0.03 → 0.2"),
         (lambda c: c["gate"].update(inconclusive="promote"), "loosens", "gate.inconclusive: hold → promote"),
         (lambda c: c["gate"].update(alpha=0.2), "loosens", "gate.alpha: 0.05 → 0.2"),
+        (lambda c: c["gate"]["relative"]["intent"].update(test="bootstrap"), "changes", "gate.relative.intent.test: mcnemar → bootstrap"),
+        (lambda c: c["evaluate"]["tasks"]["piqa"].update(group_by="group"), "tightens", "evaluate.tasks.piqa.group_by: None → group"),
         (lambda c: c["gate"].update(champion="0" * 40), "changes", f"gate.champion: none → {'0' * 40}"),
         (lambda c: c["evaluate"]["tasks"].pop("piqa"), "loosens", "evaluate.tasks.piqa is dropped"),
         (lambda c: c["evaluate"]["tasks"]["piqa"].update(limit=10), "loosens", "evaluate.tasks.piqa.limit: 100 → 10"),

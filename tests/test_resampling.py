@@ -111,7 +111,7 @@ def test_the_power_that_is_stated_is_the_power_that_it_has(rows: int, margin: fl
     ],
 )
 def test_the_power_of_groups_that_is_stated_is_the_power_that_they_have(groups: int, size: int, even: bool, likeness: float) -> None:
-    random, times, margin, share = np.random.default_rng(4), 4000, 0.05, 0.15
+    random, times, margin, share = np.random.default_rng(4), 6000, 0.03, 0.15
     seen = draw_groups(random, 50_000, size, likeness, 0.0, share, even)
     rows = round(groups * float(seen.sizes.mean()))
     effect = optimize.brentq(lambda effect: seen.power(rows, effect - margin, margin, ALPHA) - POWER, 0.0, 0.5)

@@ -157,6 +157,15 @@ def lose_a_tensor(file: Path) -> None:
     save_file(tensors, file / "model.safetensors", {"format": "pt"})
 
 
+def add_a_tensor(file: Path) -> None:
+    """A layer that config.json does not know of."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file / "model.safetensors")
+    tensors["model.layers.9.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
+    save_file(tensors, file / "model.safetensors", {"format": "pt"})
+
+
 def bring_code(file: Path) -> None:
     """The repository wants its own code run."""
     config = json.loads((file / "config.json").read_text())
@@ -179,6 +188,7 @@ def disguise(file: Path) -> None:
         (damage_weights, "cut short"),
         (poison, "NaN"),
         (lose_a_tensor, "1 tensors are missing"),
+        (add_a_tensor, r"1 tensors have no place in the architecture.*such as model\.layers\.9\.mlp\.up_proj\.weight"),
         (bring_code, "auto_map"),
         (pickle_weights, "pytorch_model.bin is a pickle"),
         (disguise, "model.safetensors is a pickle"),
