@@ -80,6 +80,27 @@ def rollback(
     show(revisions or (), to, dry_run, as_json)
 
 
+@app.command()
+def setup() -> None:
+    """Set up this clone: git merges dvc.lock by stage and params.yaml by key."""
+    from stages.operate.merge_driver import setup as set_up
+
+    typer.echo(set_up())
+
+
+@app.command(hidden=True)
+def merge_driver(
+    base: Annotated[Path, typer.Argument(help="%O: the common ancestor's version.")],
+    ours: Annotated[Path, typer.Argument(help="%A: our version, and the place of the result.")],
+    theirs: Annotated[Path, typer.Argument(help="%B: the other version.")],
+    name: Annotated[str, typer.Argument(help="%P: the path in the repository.")],
+) -> None:
+    """Merge one file that the pipeline writes. git calls it (`trunkline setup`)."""
+    from stages.operate.merge_driver import drive
+
+    typer.echo(drive(base, ours, theirs, name), err=True)
+
+
 def main() -> None:
     """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
     if isinstance(sys.stdout, io.TextIOWrapper):

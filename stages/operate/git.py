@@ -7,6 +7,10 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 
+DRIVER = "binary"
+"""Merge driver of the files that the pipeline writes, as .gitattributes names it. It is git's own for what cannot be merged by lines, so
+that a clone which was not set up gets a conflict."""
+
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git here.
