@@ -89,7 +89,6 @@ def hold(toy: Toy, choose: random.Random, again: Path) -> None:
     toy.git("checkout", "-qb", "side")
     for branch in ("side", "main"):
         toy.git("checkout", "-q", branch)
-        toy.dvc("checkout", "--force")
         for _ in range(choose.randrange(1, 4)):
             toy.mutate(choose)
         toy.repro()
@@ -114,7 +113,7 @@ def test_a_merge_and_a_run_are_a_clean_run(toy: Toy, seed: int, tmp_path: Path) 
 def test_a_merge_and_a_run_are_a_clean_run_over_many_pairs(toy: Toy, tmp_path: Path) -> None:
     fresh = shutil.copytree(toy.folder, tmp_path / "fresh")
 
-    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, suppress_health_check=list(HealthCheck))
     @given(choose=st.randoms(use_true_random=False))
     def examples(choose: random.Random) -> None:
         for folder in (toy.folder, tmp_path / "again"):

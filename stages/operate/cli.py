@@ -81,6 +81,35 @@ def rollback(
 
 
 @app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what stays and what would go, and remove nothing.")] = False,
+    cloud: Annotated[bool, typer.Option("--cloud", help="Clean the default remote too.")] = False,
+    keep: Annotated[list[str] | None, typer.Option(help="One more revision whose commits stay; may be repeated.")] = None,
+    in_production: Annotated[list[str] | None, typer.Option(help="Engine digest, Bento tag or address of a running service; may be repeated.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Pattern of branches that stay, instead of main, master, trunk, production, release/*.")] = None,
+    days: Annotated[float, typer.Option(min=0, help="What is younger stays: commits of any branch, and objects.")] = 30,
+    history: Annotated[int | None, typer.Option(min=1, help="Keep only so many of each reference's newest commits; without it, all.")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on where a folder's listing is neither in the cache nor on the remote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artefacts that no protected branch, tag, recent commit or digest in production reaches."""
+    from stages.operate.gc import show
+    from stages.operate.reach import PROTECTED
+
+    show(
+        as_json,
+        protected=protect or PROTECTED,
+        keep=keep or (),
+        in_production=in_production or (),
+        days=days,
+        most=history,
+        cloud=cloud,
+        allow_missing=allow_missing,
+        dry_run=dry_run,
+    )
+
+
+@app.command()
 def setup() -> None:
     """Set up this clone: git merges dvc.lock by stage and params.yaml by key."""
     from stages.operate.merge_driver import setup as set_up
