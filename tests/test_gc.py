@@ -292,6 +292,7 @@ def test_the_remote_is_cleaned_by_the_same_rule(toy: Toy, tmp_path: Path) -> Non
     assert place.runs
     shutil.rmtree(toy.folder / ".dvc/cache")
     shutil.rmtree(toy.folder / "out")
+    toy.git("checkout", "--", "out")
     toy.dvc("pull")
     toy.dvc("pull", "--run-cache")
     assert toy.repro() == set()

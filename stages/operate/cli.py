@@ -117,6 +117,14 @@ def setup() -> None:
     typer.echo(set_up())
 
 
+@app.command()
+def remerge() -> None:
+    """Merge dvc.lock and params.yaml again where a host merged them by lines, as "Update branch" does. CI calls it."""
+    from stages.operate.remerge import remerge as merge_again
+
+    typer.echo("\n".join(merge_again()) or "there is nothing to merge again")
+
+
 @app.command(hidden=True)
 def merge_driver(
     base: Annotated[Path, typer.Argument(help="%O: the common ancestor's version.")],
