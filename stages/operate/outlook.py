@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stages.operate.differences import Difference, differences
+from stages.operate.differences import ABSENT, Difference, differences
 
 if TYPE_CHECKING:
     from dvc.dependency.param import ParamsDependency
@@ -130,7 +130,7 @@ class _Walk:
         from dvc_data.hashfile.hash_info import HashInfo
 
         before = dep.hash_info.value if dep.hash_info and isinstance(dep.hash_info.value, dict) else {}
-        after = dict(self.values) if not dep.params else {key: value for key in dep.params if (value := lookup(self.values, key)) is not None}
+        after = dict(self.values) if not dep.params else {key: value for key in dep.params if (value := lookup(self.values, key)) is not ABSENT}
         told.params += differences(before, after)
         dep.hash_info = HashInfo("params", after)  # type: ignore[arg-type]
 
@@ -218,10 +218,10 @@ class _Walk:
 
 
 def lookup(values: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None if there is none."""
+    """The value at a dotted key, null too; ABSENT if there is no such key."""
     value: Any = values
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            return None
+            return ABSENT
         value = value[part]
     return value
