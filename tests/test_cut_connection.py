@@ -88,15 +88,14 @@ def cached(folder: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6])
-def test_a_push_that_was_cut_goes_on(toy: Toy, s3: tuple[Any, Proxy], share: float) -> None:
+def test_a_push_that_was_cut_goes_on(toy: Toy, s3: tuple[Any, Proxy]) -> None:
     client, proxy = s3
-    proxy.cut_after(int(share * TOTAL))
+    proxy.cut_after(int(0.6 * TOTAL))
     done = dvc(toy.folder, "push", "-j", "2", "weights.dvc")
     assert proxy.cut
     assert done.returncode != 0, "it does not call itself done"
     arrived = stored(client)
-    assert len(arrived) < len(FILES) + 1
+    assert 0 < len(arrived) < len(FILES)
     assert not any(digest.endswith(".dir") for digest in arrived), "the folder's listing comes last: it says that all is there"
     proxy.cut_after(None)
     assert dvc(toy.folder, "push", "-j", "2", "weights.dvc").returncode == 0
@@ -108,17 +107,17 @@ def test_a_push_that_was_cut_goes_on(toy: Toy, s3: tuple[Any, Proxy], share: flo
     assert "in sync" in dvc(toy.folder, "status", "--cloud").stdout
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6])
-def test_a_pull_that_was_cut_goes_on(toy: Toy, s3: tuple[Any, Proxy], share: float, tmp_path: Path) -> None:
+def test_a_pull_that_was_cut_goes_on(toy: Toy, s3: tuple[Any, Proxy], tmp_path: Path) -> None:
     _, proxy = s3
     assert dvc(toy.folder, "push", "weights.dvc").returncode == 0
     toy.git("clone", "-q", str(toy.folder), str(tmp_path / "clone"))
     clone = tmp_path / "clone"
-    proxy.cut_after(int(share * TOTAL))
+    proxy.cut_after(int(0.6 * TOTAL))
     done = dvc(clone, "pull", "-j", "2", "weights.dvc")
     assert proxy.cut
     assert done.returncode != 0
     arrived = cached(clone)
+    assert 0 < len(arrived) < len(FILES)
     proxy.cut_after(None)
     assert dvc(clone, "pull", "-j", "2", "weights.dvc").returncode == 0
     missing = TOTAL - sum(arrived.values())
