@@ -20,6 +20,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	@python -m pip install --quiet --disable-pip-version-check -c requirements.txt pip uv torch
 	@uv pip install --quiet -r requirements.txt || python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@if [ -e .git ]; then trunkline setup; fi
 	@touch $@
 
 repro: setup

@@ -71,6 +71,13 @@ def test_it_says_why(toy: Toy) -> None:
     assert stages["e"].outcome == "runs", "its own value changed too: no recorded run has that"
 
 
+def test_a_value_that_is_null_is_a_value(toy: Toy) -> None:
+    (toy.folder / "dvc.yaml").write_text((toy.folder / "dvc.yaml").read_text().replace("params: [a]", "params: [a, nothing]"))
+    (toy.folder / "params.yaml").write_text((toy.folder / "params.yaml").read_text() + "nothing: null\n")
+    toy.repro()
+    assert told(look(toy), "unchanged") == set("abcde")
+
+
 def test_what_ran_before_is_restored_and_what_is_gone_is_fetched(toy: Toy) -> None:
     toy.repro()
     toy.set({**toy.values, "d": 6})

@@ -105,6 +105,64 @@ def rollback(
     show(revisions or (), to, dry_run, as_json)
 
 
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what stays and what would go, and remove nothing.")] = False,
+    cloud: Annotated[bool, typer.Option("--cloud", help="Clean the default remote too.")] = False,
+    keep: Annotated[list[str] | None, typer.Option(help="One more revision whose commits stay; may be repeated.")] = None,
+    in_production: Annotated[list[str] | None, typer.Option(help="Engine digest, Bento tag or address of a running service; may be repeated.")] = None,
+    protect: Annotated[list[str] | None, typer.Option(help="Pattern of branches that stay, instead of main, master, trunk, production, release/*.")] = None,
+    days: Annotated[float, typer.Option(min=0, help="What is younger stays: commits of any branch, and objects.")] = 30,
+    history: Annotated[int | None, typer.Option(min=1, help="Keep only so many of each reference's newest commits; without it, all.")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on where a folder's listing is neither in the cache nor on the remote.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artefacts that no protected branch, tag, recent commit or digest in production reaches."""
+    from stages.operate.gc import show
+    from stages.operate.reach import PROTECTED
+
+    show(
+        as_json,
+        protected=protect or PROTECTED,
+        keep=keep or (),
+        in_production=in_production or (),
+        days=days,
+        most=history,
+        cloud=cloud,
+        allow_missing=allow_missing,
+        dry_run=dry_run,
+    )
+
+
+@app.command()
+def setup() -> None:
+    """Set up this clone: git merges dvc.lock by stage and params.yaml by key."""
+    from stages.operate.merge_driver import setup as set_up
+
+    typer.echo(set_up())
+
+
+@app.command()
+def remerge() -> None:
+    """Merge dvc.lock and params.yaml again where a host merged them by lines, as "Update branch" does. CI calls it."""
+    from stages.operate.remerge import remerge as merge_again
+
+    typer.echo("\n".join(merge_again()) or "there is nothing to merge again")
+
+
+@app.command(hidden=True)
+def merge_driver(
+    base: Annotated[Path, typer.Argument(help="%O: the common ancestor's version.")],
+    ours: Annotated[Path, typer.Argument(help="%A: our version, and the place of the result.")],
+    theirs: Annotated[Path, typer.Argument(help="%B: the other version.")],
+    name: Annotated[str, typer.Argument(help="%P: the path in the repository.")],
+) -> None:
+    """Merge one file that the pipeline writes. git calls it (`trunkline setup`)."""
+    from stages.operate.merge_driver import drive
+
+    typer.echo(drive(base, ours, theirs, name), err=True)
+
+
 def main() -> None:
     """Entry point: from the root of a checkout; a user's mistake is told in a sentence."""
     if isinstance(sys.stdout, io.TextIOWrapper):

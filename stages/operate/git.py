@@ -10,15 +10,19 @@ from pathlib import Path
 
 from conf.errors import ConfigError, DataError
 
+DRIVER = "binary"
+"""Merge driver of the files that the pipeline writes, as .gitattributes names it. It is git's own for what cannot be merged by lines, so
+that a clone which was not set up gets a conflict."""
 
-def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git here.
+
+def git(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run git here, with `given` as its input.
 
     Raises:
         ConfigError: git is not installed.
     """
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, input=given)
     except FileNotFoundError as error:
         raise ConfigError("git is not installed", "install git: a revision is what every verb speaks of") from error
 

@@ -41,18 +41,31 @@ def outputs(lock: str, pipeline: str) -> list[Item]:
     """
     try:
         stages = yaml.load(pipeline, Loader=yaml.CSafeLoader)["stages"]
-        in_git = {path for stage in stages.values() for path in _in_git(stage)}
+        in_git = {path for stage in stages.values() for path, cached in _declared(stage) if not cached}
         locked = yaml.load(lock, Loader=yaml.CBaseLoader)["stages"]  # every value as text: a digest may be digits alone
         return [Item(path=out["path"], md5=out["md5"]) for stage in locked.values() for out in stage.get("outs", []) if out["path"] not in in_git]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"dvc.lock or dvc.yaml of that revision cannot be read: {error}", "name another revision") from error
 
 
-def _in_git(stage: Any) -> Iterator[str]:
+def not_run(items: Sequence[Item], pipeline: str) -> list[str]:
+    """Stages whose outputs a lock lacks: they never ran, or a merge left them out.
+
+    Args:
+        items: the lock's outputs.
+        pipeline: text of the dvc.yaml beside it.
+    """
+    known = {item.path for item in items}
+    stages = yaml.load(pipeline, Loader=yaml.CSafeLoader)["stages"]
+    return [name for name, stage in stages.items() if any(cached and path not in known for path, cached in _declared(stage))]
+
+
+def _declared(stage: Any) -> Iterator[tuple[str, bool]]:
+    """A stage's outputs, and whether DVC keeps each."""
     for kind in ("outs", "metrics", "plots"):
         for out in stage.get(kind, []):
-            if isinstance(out, dict):
-                yield from (path for path, flags in out.items() if isinstance(flags, dict) and flags.get("cache") is False)
+            for path, flags in out.items() if isinstance(out, dict) else [(out, None)]:
+                yield path, not (isinstance(flags, dict) and flags.get("cache") is False)
 
 
 class Store:

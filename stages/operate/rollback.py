@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from conf.errors import ConfigError, DataError
-from stages.operate.git import commit, file_at, git, spare_tree
-from stages.operate.objects import Item, Store, outputs
+from stages.operate.git import DRIVER, commit, file_at, git, spare_tree
+from stages.operate.objects import Item, Store, not_run, outputs
 
 SHOWN = 5
 """Objects or files named in a message."""
@@ -85,7 +85,9 @@ def reverted(commits: Sequence[str]) -> str:
     """
     with spare_tree() as path:
         for one in commits:
-            done = git("-C", str(path), "revert", "--no-commit", *(["-m", "1"] if len(parents(one)) > 1 else []), one)
+            # no driver: a dvc.lock merged of two is of no state that was ever run
+            merge = ["-m", "1"] if len(parents(one)) > 1 else []
+            done = git("-C", str(path), "-c", f"merge.{DRIVER}.driver=false", "revert", "--no-commit", *merge, one)
             if done.returncode:
                 files = git("-C", str(path), "diff", "--name-only", "--diff-filter=U").stdout.split()
                 raise DataError(
@@ -123,12 +125,14 @@ def prove(store: Store, tree: str) -> tuple[list[Item], list[Item]]:
     """The outputs that the tree's lock names, and the objects among them that must be fetched.
 
     Raises:
-        DataError: there is no lock, or an object is neither in the cache nor on the remote.
+        DataError: there is no lock, it lacks a stage, or an object is neither in the cache nor on the remote.
     """
     lock, pipeline = file_at(tree, "dvc.lock"), file_at(tree, "dvc.yaml")
     if lock is None or pipeline is None:
         raise DataError("that state has no dvc.lock: nothing was run there", "roll back to a later one")
     items = outputs(lock, pipeline)
+    if left := not_run(items, pipeline):
+        raise DataError(f"that state was not run whole: its dvc.lock has no outputs of {', '.join(left)}", "roll back to one that was: `git log dvc.lock`")
     far, gone = store.locate(items)
     if gone:
         named = "\n".join(f"  {item.path}  {item.md5}" for item in gone[:SHOWN]) + (f"\n  … and {len(gone) - SHOWN} more" if len(gone) > SHOWN else "")
