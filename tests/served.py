@@ -20,7 +20,7 @@ from conf.schema import EngineSettings, Guard, Serve, ServeLimits
 from stages.convert import to_ctranslate2
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
-from stages.serve.engine import open_engine
+from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.guard import Guard as Watch
 from stages.serve.keys import Key, Keyring
 from stages.serve.store import Store
@@ -43,6 +43,15 @@ def model(folder: Path) -> Path:
     return folder / "engine"
 
 
+def endless(engine: Engine) -> Engine:
+    """Give it an end token that it never says: its answers then go on to `max_tokens`."""
+    prompts = [engine.chat.encode(text) for text in ("where is", "a", "status", "order size", "tent", "you", "please", "refund")]
+    said = {token for answer in engine.generate(prompts, Sampling(max_tokens=600, temperature=1.0)) for token in answer.tokens}
+    never = max(set(range(3, engine.chat.vocab_size)) - said)
+    engine._ends, engine.chat.eos_ids = [never], {never}  # type: ignore[attr-defined]
+    return engine
+
+
 def assistant(engine: Path, serve: Serve) -> Assistant:
     """The small model behind its guard."""
     return Assistant(name=NAME, digest=DIGEST, engine=open_engine(engine, serve.engine, batches=True), guard=Watch(None, serve.guard), settings=serve)
@@ -61,9 +70,9 @@ class Served:
 
 
 @contextmanager
-def serve(engine: Path, folder: Path, serve: Serve, keys: Sequence[Key] = ()) -> Iterator[Served]:
-    """Run it in this process until the end of the block."""
-    app, loaded, events = create_app(), assistant(engine, serve), f"sqlite:///{folder / 'events.sqlite'}"
+def serve(engine: Path, folder: Path, serve: Serve, keys: Sequence[Key] = (), made: Assistant | None = None) -> Iterator[Served]:
+    """Run it in this process until the end of the block; `made`: on this one."""
+    app, loaded, events = create_app(), made or assistant(engine, serve), f"sqlite:///{folder / 'events.sqlite'}"
     open_service(app, loaded, Keyring(keys), Store(events, serve.events.days))
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -82,12 +91,14 @@ def serve(engine: Path, folder: Path, serve: Serve, keys: Sequence[Key] = ()) ->
 
 
 @contextmanager
-def process(engine: Path, folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def process(engine: Path, folder: Path, environment: Mapping[str, str], waiting: int = 64) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run it in a process of its own, which the caller may kill."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    started = subprocess.Popen([sys.executable, "-m", "tests.served", str(engine), str(folder / "events.sqlite"), str(port)], env=dict(environment))
+    started = subprocess.Popen(
+        [sys.executable, "-m", "tests.served", str(engine), str(folder / "events.sqlite"), str(port), str(waiting)], env=dict(environment)
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -105,5 +116,6 @@ def process(engine: Path, folder: Path, environment: Mapping[str, str]) -> Itera
 
 if __name__ == "__main__":
     app = create_app()
-    open_service(app, assistant(Path(sys.argv[1]), settings(max_tokens=512, max_prompt_tokens=1000)), Keyring([]), Store(f"sqlite:///{sys.argv[2]}", 30))
+    wanted = settings(max_tokens=512, max_prompt_tokens=1000, limits=ServeLimits(waiting=int(sys.argv[4])))
+    open_service(app, assistant(Path(sys.argv[1]), wanted), Keyring([]), Store(f"sqlite:///{sys.argv[2]}", 30))
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="warning")

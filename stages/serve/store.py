@@ -121,15 +121,14 @@ class Store:
         self._engine.dispose()
 
     def _write(self) -> None:
-        swept = 0.0
-        over = False
+        over, due = False, 0.0
         while not over:
+            if time.monotonic() >= due:
+                self._sweep()
+                due = time.monotonic() + SWEEP
             batch, over = self._gather()
             if batch:
                 self._commit(batch)
-            if time.monotonic() - swept > SWEEP or not swept:
-                swept = time.monotonic()
-                self._sweep()
 
     def _gather(self) -> tuple[list[dict[str, object]], bool]:
         """What came within FLUSH of the first, and whether that was all."""
