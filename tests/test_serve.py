@@ -137,6 +137,14 @@ def test_serving_needs_a_bento(tmp_path: Path) -> None:
     assert done.returncode == 1 and "holds no Bento" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_wrong_list_of_keys_is_told_before_the_server_starts(tmp_path: Path) -> None:
+    shutil.copy(packaged() / "params.yaml", tmp_path)
+    shutil.copytree(packaged() / "models/package", tmp_path / "models/package")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TRUNKLINE_API_KEYS": "nowhere.json"}
+    done = subprocess.run([sys.executable, "-m", "stages.serve"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and "TRUNKLINE_API_KEYS: nowhere.json" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_an_altered_bento_does_not_serve(tmp_path: Path) -> None:
     from stages.serve.assistant import Assistant
 

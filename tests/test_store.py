@@ -133,6 +133,10 @@ def test_a_broken_database_costs_events_and_no_answer(engine: Path, tmp_path: Pa
             time.sleep(0.1)
         else:
             pytest.fail("what was lost was not counted")
+        with sqlite3.connect(tmp_path / "events.sqlite") as database:
+            database.execute("drop table ratings")
+        reply = httpx.post(f"{served.url}/v1/feedback", json={"id": f"cmpl-{'0' * 32}", "rating": "up"})
+        assert reply.status_code == 503 and reply.json()["error"]["code"] == "store_unavailable"
 
 
 def test_where_events_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

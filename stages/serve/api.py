@@ -17,9 +17,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from stages.serve import metrics
 from stages.serve.answers import Answers, Gone
 from stages.serve.assistant import Assistant
 from stages.serve.door import Door
@@ -65,7 +65,6 @@ def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: St
     app.state.scheduler = Scheduler(
         assistant.engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept()
     )
-    metrics.WAITING.set_function(lambda: app.state.scheduler.waiting)
     if keyring.open:
         log.warning("the service is open: anybody may ask. TRUNKLINE_API_KEYS names the keys, `python -m stages.serve.keys <name>` makes one")
 
@@ -144,12 +143,16 @@ def _answers(app: FastAPI) -> None:
 
 
 def _others(app: FastAPI) -> None:
-    @app.post("/v1/feedback", responses=errors(ALWAYS | {400: "a field is wrong"}))
+    @app.post("/v1/feedback", responses=errors(ALWAYS | {400: "a field is wrong", 503: "it could not be stored"}))
     async def feedback(request: Request, rating: FeedbackRequest) -> FeedbackReply:
         """Rate an answer. When this is answered with 200, the rating is on the disk."""
         now, key = time.time(), request.state.note.key
         row = {"at": now, "answer_id": rating.id, "digest": app.state.assistant.digest, "key": key.id if key else None, **rating.model_dump(exclude={"id"})}
-        await anyio.to_thread.run_sync(app.state.store.rate, row)
+        try:
+            await anyio.to_thread.run_sync(app.state.store.rate, row)
+        except SQLAlchemyError as error:
+            log.exception("a rating was not written")
+            raise Refused(503, "the rating could not be stored: come again", code="store_unavailable", retry_after=10) from error
         return FeedbackReply(id=rating.id, created=int(now))
 
     @app.get("/v1/models", responses=errors(ALWAYS))

@@ -52,8 +52,9 @@ class Door:
 
     def _record(self, note: Note, keyring: Keyring, headers: Mapping[str, str], scope: Scope) -> None:
         state = scope["app"].state
+        note.status = note.status or 500  # an error that nobody expected: it goes on its way to the log
         row = event(note, state.assistant)
-        measure(row)
+        measure(row, state.scheduler.waiting)
         keyring.charge(note.key, int(str(row["prompt_tokens"])) + int(str(row["completion_tokens"])))
         if scope["method"] == "POST":
             trace_answer(note, state.assistant, row, headers)

@@ -76,8 +76,9 @@ def _kept(answers: Answers | None, settings: Serve) -> tuple[str | None, str | N
     return redact("\n".join(texts(answers.request)), kinds, regions), redact("\n".join(given), kinds, regions)
 
 
-def measure(row: Mapping[str, object]) -> None:
-    """Count the request in Prometheus."""
+def measure(row: Mapping[str, object], waiting: int) -> None:
+    """Count the request in Prometheus; `waiting`: answers in the queue now."""
+    metrics.WAITING.set(waiting)
     metrics.REQUESTS.labels(row["route"], row["status"]).inc()
     for kind in ("prompt", "completion"):
         metrics.TOKENS.labels(kind).inc(float(str(row[f"{kind}_tokens"])))

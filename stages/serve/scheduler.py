@@ -6,7 +6,9 @@ first come first served, up to `batch`. Requests that arrive within GATHER of ea
 Latecomers. ctranslate2 takes nobody into a running batch. So a batch is ended early when somebody waits and no slot is free: all its
 answers go to the end of the queue with the tokens that they have, and the next batch holds the latecomer and those of them that fit. They
 have to be encoded again, and so a batch is left alone until its steps have cost as much as that does (`Turn.earned`): at worst half of the
-work is encoding, and a latecomer waits for a few dozen tokens and never for a long answer to end.
+work is encoding, and a latecomer waits for a few dozen tokens and never for a long answer to end. Measured without HTTP on SmolLM2-135M, eight
+streams of answers of about 25 tokens after prompts of 58, two slots: 86 tokens for each second of processor time and at worst 1.8 s to a first
+token, against 117 and 4.0 s when a batch is never ended early; with 16 streams 146 and 4.0 s, against 175 and 3.7 s at four times the patience.
 
 Steered answers (a seed, penalties, log-probabilities, a JSON schema) take turns of one draft each, alone in their slot: what a
 seed gives does not depend on who else asks.

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
+import psutil
 
 from stages.files import read_jsonl
 from tests.bench.evaluate import weights
@@ -46,6 +47,8 @@ class Figure:
     """Median seconds to the first token."""
     worst: float
     """The longest of them."""
+    work: float
+    """Tokens for each second of processor time of the server, which other processes of the machine disturb less."""
 
 
 async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -> tuple[int, float]:
@@ -65,7 +68,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -
     return counted or chunks, first or time.monotonic() - began
 
 
-async def load(url: str, model: str, texts: list[str], streams: int, requests: int) -> Figure:
+async def load(url: str, server: int, model: str, texts: list[str], streams: int, requests: int) -> Figure:
     """Ask by so many streams at a time."""
 
     async def stream(number: int, session: aiohttp.ClientSession) -> list[tuple[int, float]]:
@@ -74,11 +77,18 @@ async def load(url: str, model: str, texts: list[str], streams: int, requests: i
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await ask(session, url, model, "hello")
-        began = time.monotonic()
+        began, spent = time.monotonic(), cpu(server)
         found = [one for many in await asyncio.gather(*(stream(i, session) for i in range(streams))) for one in many]
         seconds = time.monotonic() - began
-    firsts = [first for _, first in found]
-    return Figure(tokens=sum(tokens for tokens, _ in found) / seconds, first=statistics.median(firsts), worst=max(firsts))
+        spent = cpu(server) - spent
+    firsts, tokens = [first for _, first in found], sum(tokens for tokens, _ in found)
+    return Figure(tokens=tokens / seconds, first=statistics.median(firsts), worst=max(firsts), work=tokens / spent)
+
+
+def cpu(server: int) -> float:
+    """Seconds of processor time of a process so far."""
+    times = psutil.Process(server).cpu_times()
+    return float(times.user + times.system)
 
 
 def measure(only: str | None = None, rounds: int = ROUNDS) -> dict[str, dict[int, Figure]]:
@@ -91,10 +101,14 @@ def measure(only: str | None = None, rounds: int = ROUNDS) -> dict[str, dict[int
             for name, command in sides(folder).items():
                 if only and only not in name:
                     continue
-                with running(command, Path(scratch) / "log") as url:
+                with running(command, Path(scratch) / "log") as (url, server):
                     for streams in LEVELS if name != PLAIN else LEVELS[:-1]:
-                        figure = asyncio.run(load(url, "ours" if name == "ours" else str(folder), texts, streams, REQUESTS[streams] if name != PLAIN else 1))
-                        sys.stderr.write(f"{name}, {streams}: {figure.tokens:.0f} tokens/s, first {figure.first:.2f} s, worst {figure.worst:.2f} s\n")
+                        figure = asyncio.run(
+                            load(url, server, "ours" if name == "ours" else str(folder), texts, streams, REQUESTS[streams] if name != PLAIN else 1)
+                        )
+                        sys.stderr.write(
+                            f"{name}, {streams}: {figure.tokens:.0f} tokens/s, first {figure.first:.2f} s, worst {figure.worst:.2f} s, {figure.work:.0f} tokens/CPU s\n"
+                        )
                         before = found.setdefault(name, {}).get(streams)
                         found[name][streams] = figure if before is None or figure.tokens > before.tokens else before
     return found

@@ -42,8 +42,8 @@ def sides(weights: Path) -> dict[str, list[str]]:
 
 
 @contextmanager
-def running(command: list[str], log: Path) -> Iterator[str]:
-    """A server from its first answer to the end of the block; gives its address."""
+def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
+    """A server from its first answer to the end of the block; gives its address and the process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,7 +60,7 @@ def running(command: list[str], log: Path) -> Iterator[str]:
                 pass
             assert server.poll() is None, log.read_text()[-3000:]
             time.sleep(0.2)
-        yield url
+        yield url, server.pid
     finally:
         server.terminate()
         try:
