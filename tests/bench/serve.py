@@ -69,13 +69,13 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -
 
 
 async def load(url: str, server: int, model: str, texts: list[str], streams: int, requests: int) -> Figure:
-    """Ask by so many streams at a time."""
+    """Ask by so many streams at a time; each number of streams has texts of its own, or a server that keeps old prompts would not have to read them."""
 
     async def stream(number: int, session: aiohttp.ClientSession) -> list[tuple[int, float]]:
-        return [await ask(session, url, model, texts[(number * requests + i) % len(texts)]) for i in range(requests)]
+        return [await ask(session, url, model, texts[(streams * 4 + number * requests + i) % len(texts)]) for i in range(requests)]
 
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
         await ask(session, url, model, "hello")
         began, spent = time.monotonic(), cpu(server)
         found = [one for many in await asyncio.gather(*(stream(i, session) for i in range(streams))) for one in many]
