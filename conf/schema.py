@@ -658,6 +658,32 @@ class Guard:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class ServeLimits:
+    """How much the service takes on."""
+
+    waiting: Count = 64
+    """Most answers that wait for the engine; further requests get a 429 with Retry-After."""
+    body: Count = 1_000_000
+    """Bytes of a request; a longer one is a 413."""
+    seconds: Positive = 120.0
+    """Longest time for an answer, from its arrival; then its generation is cancelled and the request gets a 504."""
+    upload_seconds: Positive = 15.0
+    """Longest time for a request's body to arrive; then it is a 408."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Events:
+    """What is written down of each request; where, the environment says (`TRUNKLINE_EVENTS`, see stages/serve/store.py)."""
+
+    days: Count = 30
+    """Events older than this are removed; ratings stay."""
+    text_share: Share = 0.0
+    """Share of the requests whose texts are kept too, with personal data of every kind masked; 0: never."""
+    phone_regions: list[Annotated[str, Field(pattern=r"^[A-Z]{2}$")]] = Field(default_factory=lambda: ["US", "GB", "DE"])
+    """Countries whose national forms of telephone and identity numbers are masked."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class Serve:
     """The service in front of the model."""
 
@@ -665,6 +691,10 @@ class Serve:
     """What runs the model."""
     guard: Guard = Field(default_factory=Guard)
     """Prompt-injection guard."""
+    limits: ServeLimits = Field(default_factory=ServeLimits)
+    """Queue, sizes and times."""
+    events: Events = Field(default_factory=Events)
+    """What is written down."""
     system: str | None = None
     """System prompt put before a conversation that has none; null: the chat template's own default."""
     port: Annotated[int, Field(ge=1, le=65535)] = 3000

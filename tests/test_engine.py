@@ -18,7 +18,7 @@ from stages.convert import to_ctranslate2
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
-from stages.serve.scoring import forced_is_cheaper
+from stages.serve.scoring import forced_is_cheaper, log_softmax
 from stages.serve.text import TextStream, cut
 from tests.models import tiny_llama
 
@@ -133,20 +133,33 @@ def test_stop_texts_are_not_part_of_the_answer(engine: CTranslate2Engine, refere
     ours = engine.generate([prompt, prompts(engine)[0]], sampling)[0]
     assert ours.finish_reason == "stop" and ours.text == whole.text[: whole.text.index(stop)]
     assert len(ours.tokens) < 12, "generation went on after the stop text"
-    assert "".join(engine.stream(prompt, sampling)) == ours.text
     assert reference.generate([prompt], sampling)[0] == ours
 
 
-def test_stream_gives_the_answer_in_pieces(engine: CTranslate2Engine) -> None:
-    prompt, sampling = prompts(engine)[1], Sampling(max_tokens=12)
-    pieces = list(engine.stream(prompt, sampling))
-    assert len(pieces) > 3 and "".join(pieces) == engine.generate([prompt], sampling)[0].text
+def test_decoding_tells_every_token_and_ends_each_prompt_by_itself(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    asked = prompts(engine)
+    whole = [answer.tokens for answer in engine.generate(asked, Sampling(max_tokens=12))]
+    for who, kept in ((engine, []), (engine, asked[0][:3]), (engine, engine.chat.encode("<|im_start|>user\n")), (reference, [])):
+        told: list[list[int]] = [[] for _ in asked]
+
+        def on_token(index: int, token: int, told: list[list[int]] = told) -> bool:
+            told[index].append(token)
+            return len(told[index]) == index + 2
+
+        who.keep(kept)
+        who.decode(asked, Sampling(max_tokens=12), on_token)
+        assert told == [tokens[: i + 2] for i, tokens in enumerate(whole)], kept
+    engine.keep([])
 
 
-def test_a_closed_stream_ends_the_generation(engine: CTranslate2Engine) -> None:
-    stream = engine.stream(prompts(engine)[1], Sampling(max_tokens=100_000))
-    next(stream)
-    stream.close()  # would take minutes if the generation went on
+def test_a_draft_is_the_greedy_answer_with_its_logits(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
+    prompt = prompts(engine)[1]
+    tokens, logits = engine.draft(prompt, 4)
+    expected = engine.generate([prompt], Sampling(max_tokens=4))[0].tokens
+    assert tokens == expected and logits.shape == (4, engine.vocabulary)
+    assert reference.draft(prompt, 4)[0] == expected[:1]
+    for at, row in enumerate(logits):
+        assert np.abs(log_softmax(row) - reference.logprobs([*prompt, *expected[:at]])[-1]).max() < 1e-3
 
 
 @pytest.mark.parametrize("left_open", [True, False])
@@ -158,8 +171,14 @@ from stages.serve.engine import Sampling, open_engine
 engine = open_engine(pathlib.Path(sys.argv[1]), EngineSettings(threads=1))
 engine.score([([5, 6] * 30, [[7, 8, 9]] * 8)])
 engine.generate([[5, 6]], Sampling(max_tokens=4, stop=("never",)))
-stream = engine.stream([5, 6], Sampling(max_tokens=int(sys.argv[2])))
-next(stream)
+from stages.serve.scheduler import Job, Scheduler
+from stages.serve.text import TextStream
+import threading, time
+started = threading.Event()
+scheduler = Scheduler(engine, slots=1, batch=4, most_waiting=8)
+sampling = Sampling(max_tokens=int(sys.argv[2]))
+scheduler.submit([Job(prompt=[5, 6], sampling=sampling, text=TextStream(engine.chat), on_text=lambda _: started.set(), on_end=started.set, deadline=time.monotonic() + 60)])
+started.wait()
 """
     command = [sys.executable, "-c", script, str(engine.chat.folder), "5000" if left_open else "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

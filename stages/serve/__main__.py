@@ -10,6 +10,7 @@ import conf
 from conf.errors import ModelError
 from conf.schema import Serve
 from stages.intact import check_intact
+from stages.serve.keys import VARIABLE, read
 
 PACKAGE = Path("models/package")
 
@@ -32,7 +33,8 @@ def main() -> None:
     settings: Serve = conf.load("serve")
     arguments = command(PACKAGE, settings)
     check_intact([str(PACKAGE)])
-    Console(stderr=True).print(f"serving {PACKAGE} on http://localhost:{settings.port}/v1 (Ctrl-C ends it)", markup=False, highlight=False)
+    who = "with a key" if read(os.environ) else f"open to everybody: {VARIABLE} names the keys"
+    Console(stderr=True).print(f"serving {PACKAGE} on http://localhost:{settings.port}/v1, {who} (Ctrl-C ends it)", markup=False, highlight=False)
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "1")
     os.environ.pop("PYTHONPATH", None)  # the Bento brings its own code
     os.execv(arguments[0], arguments)

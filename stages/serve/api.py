@@ -1,242 +1,209 @@
-"""The OpenAI wire format over one engine: chat completions (not streamed), models.
+"""The routes: OpenAI's chat completions, completions and models, ratings, health and metrics, and the OpenAPI document of it all.
 
-Every parameter is either honoured or refused by name with a 400 in OpenAI's error shape; none is ignored in silence.
-`max_tokens` above `serve.max_tokens` is lowered to it, and the answer then says `finish_reason: length`. A message that the
-guard refuses is answered with `serve.guard.refusal` and `finish_reason: content_filter`. Every answer carries the digest of
-the model that gave it, in `system_fingerprint` and in the header `x-model-digest`.
+Every error has OpenAI's shape (`stages.serve.refusals`). Every answer carries the digest of the model that gave it, in `system_fingerprint` and in the
+header `x-model-digest`. A stream is `text/event-stream`; whether there is one says `stream` in the request.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import time
-import uuid
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
 
-from conf.errors import ModelError
-from conf.schema import Serve
-from stages.files import sha256
-from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.guard import Guard
+from stages.serve.answers import Answers, Gone
+from stages.serve.assistant import Assistant
+from stages.serve.door import Door
+from stages.serve.keys import Keyring
+from stages.serve.refusals import ErrorReply, Refused, invalid
+from stages.serve.scheduler import Scheduler
+from stages.serve.store import Store
+from stages.serve.wire import (
+    UNSUPPORTED,
+    ChatReply,
+    ChatRequest,
+    CompletionRequest,
+    FeedbackReply,
+    FeedbackRequest,
+    Health,
+    ModelCard,
+    ModelList,
+    TextReply,
+)  # fmt: skip
 
-MAX_BODY = 1_000_000
-"""Bytes of a request; a longer one is a 413."""
-HARMLESS: dict[str, tuple[object, ...]] = {
-    "stream": (False,), "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,), "store": (False,),
-    "tools": ([],), "logit_bias": ({},), "response_format": ({"type": "text"},), "parallel_tool_calls": (True, False),
-    "stream_options": (), "top_logprobs": (), "tool_choice": ("none", "auto"), "service_tier": ("auto", "default"), "modalities": (["text"],),
-}  # fmt: skip
-"""Parameters that are not supported, and the values at which they ask for nothing; null is one of them for each."""
-WHY = {"stream": "stream: true is not supported yet: ask without it", "n": "one answer per request"}
+ALWAYS = {
+    401: "no right API key",
+    403: "the key lacks the scope",
+    408: "the body came too slowly",
+    413: "the body is too long",
+    429: "over a budget, or the queue is full",
+}
+ANSWER = ALWAYS | {400: "a parameter is wrong or not supported", 404: "no such model", 500: "the engine failed", 503: "shutting down", 504: "it took too long"}
+STREAM = {"description": "the answer, or with `stream: true` its pieces", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
-
-class Refused(Exception):
-    """A request that gets an error of OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        """Args: status: HTTP status. param: what is wrong, as a dotted path. code: for programs."""
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The error object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-class Strict(BaseModel):
-    """No unknown field, no silent conversion, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Part(Strict):
-    """A piece of a message."""
-
-    type: Literal["text"]
-    text: str
+log = logging.getLogger(__name__)
 
 
-class Turn(Strict):
-    """One message."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
-
-    def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+def errors(meanings: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document."""
+    return {status: {"model": ErrorReply, "description": what} for status, what in meanings.items()}
 
 
-class ChatRequest(Strict):
-    """The supported part of OpenAI's request."""
-
-    model: str
-    messages: Annotated[list[Turn], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: Store) -> None:
+    """Put a loaded model behind the routes, and start its slots."""
+    settings = assistant.settings
+    app.state.assistant, app.state.keyring, app.state.store = assistant, keyring, store
+    app.state.scheduler = Scheduler(
+        assistant.engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept()
+    )
+    if keyring.open:
+        log.warning("the service is open: anybody may ask. TRUNKLINE_API_KEYS names the keys, `python -m stages.serve.keys <name>` makes one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Assistant:
-    """A loaded model behind its guard."""
-
-    name: str
-    digest: str
-    engine: Engine
-    guard: Guard
-    settings: Serve
-
-    @classmethod
-    def load(cls, root: Path) -> Assistant:
-        """Load from a folder with `serve.json`, `engine/` and `guard/`, as `package` writes it.
-
-        Raises:
-            ModelError: a file is missing, or the engine is not the one that was packaged.
-        """
-        path = root / "serve.json"
-        if not path.is_file():
-            raise ModelError(f"{path} is missing", "serve a Bento that `dvc repro package` made")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        settings = TypeAdapter(Serve).validate_json(json.dumps(facts["serve"]))
-        if (actual := sha256(root / "engine")) != facts["digest"]:
-            raise ModelError(f"{root / 'engine'} has digest {actual}, and {facts['digest']} was packaged", "the files were altered: run `dvc repro package`")
-        folder = root / "guard"
-        guard = Guard(folder if folder.is_dir() else None, settings.guard)
-        return cls(name=facts["name"], digest=facts["digest"], engine=open_engine(root / "engine", settings.engine), guard=guard, settings=settings)
-
-    def answer(self, request: ChatRequest) -> dict[str, Any]:
-        """Answer one request: blocking, for a thread.
-
-        Raises:
-            Refused: the conversation is too long, or the chat template does not take it.
-        """
-        if not all(self.guard.check(turn.text()).allowed for turn in request.messages if turn.text()):
-            return self._body(self.settings.guard.refusal, "content_filter", 0, len(self.engine.chat.encode(self.settings.guard.refusal)))
-        messages = [{"role": "system" if t.role == "developer" else t.role, "content": self.engine.chat.defuse(t.text())} for t in request.messages]
-        if self.settings.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.settings.system})
-        try:
-            prompt = self.engine.chat.prompt(messages)
-        except ModelError as error:
-            raise Refused(400, error.what, "messages", "invalid_value") from error
-        if len(prompt) > self.settings.max_prompt_tokens:
-            what = f"the conversation has {len(prompt)} tokens; the limit is {self.settings.max_prompt_tokens}"
-            raise Refused(400, what, "messages", "context_length_exceeded")
-        wanted = request.max_completion_tokens or request.max_tokens or self.settings.max_tokens
-        sampling = Sampling(
-            max_tokens=min(wanted, self.settings.max_tokens),
-            temperature=self.settings.temperature if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            seed=request.seed,
-            stop=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
-        )
-        completion = self.engine.generate([prompt], sampling)[0]
-        return self._body(completion.text, completion.finish_reason, len(prompt), len(completion.tokens))
-
-    def _body(self, text: str, finish_reason: str, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.name,
-            "system_fingerprint": self.digest,
-            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens},
-        }
-
-
-def parse(body: bytes, name: str) -> ChatRequest:
-    """Read a request's body.
-
-    Args:
-        name: of the model that is served.
-
-    Raises:
-        Refused: 400 naming the parameter, 404 for another model, 413 for a body over a megabyte.
-    """
-    if len(body) > MAX_BODY:
-        raise Refused(413, f"the request has {len(body)} bytes; the limit is {MAX_BODY}", code="request_too_large")
-    try:
-        value = json.loads(body)
-        body.decode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is no JSON: {error}", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise Refused(400, f"the body is a JSON {type(value).__name__}, not an object", code="invalid_json")
-    known = {}
-    for key, given in value.items():
-        if key in ChatRequest.model_fields:
-            known[key] = given
-        elif key not in HARMLESS:
-            raise Refused(400, f"unknown parameter: {key}", key, "unsupported_parameter")
-        elif given is not None and given not in HARMLESS[key]:
-            raise Refused(400, WHY.get(key, f"{key} is not supported"), key, "unsupported_parameter")
-    try:
-        request = ChatRequest.model_validate(known)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, f"{where}: {first['msg']}", where, "invalid_value" if first["type"] != "missing" else "missing_required_parameter") from error
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    for where, text in [*((f"messages.{i}.content", t.text()) for i, t in enumerate(request.messages)), *(("stop", s) for s in stops)]:
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise Refused(400, f"{where} holds half a surrogate pair, which is no text", where, "invalid_value")
-    if request.model != name:
-        raise Refused(404, f"the model {request.model!r} does not exist; this service has {name!r}", "model", "model_not_found")
-    return request
+def close_service(app: FastAPI) -> None:
+    """End the slots, and write down what waits."""
+    app.state.scheduler.close()
+    app.state.store.close()
 
 
 def create_app() -> FastAPI:
-    """The application; `app.state.assistant` must hold the Assistant before the first request."""
-    app = FastAPI(title="Trunkline", docs_url=None, redoc_url=None, openapi_url=None)
+    """The application; `open_service` must have been called before the first request."""
 
-    def reply(body: dict[str, Any], status: int = 200) -> Response:
-        assistant: Assistant = app.state.assistant
-        return JSONResponse(body, status, headers={"x-model-digest": assistant.digest})
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        if getattr(app.state, "scheduler", None) is not None:
+            await anyio.to_thread.run_sync(close_service, app)
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return reply(error.body(), error.status)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(request: Request) -> Response:
-        assistant: Assistant = app.state.assistant
-        parsed = parse(await request.body(), assistant.name)
-        return reply(await anyio.to_thread.run_sync(assistant.answer, parsed))
-
-    @app.get("/v1/models", response_model=None)
-    async def models() -> Response:
-        return reply({"object": "list", "data": [_model(app.state.assistant)]})
-
-    @app.get("/v1/models/{name}", response_model=None)
-    async def model(name: str) -> Response:
-        assistant: Assistant = app.state.assistant
-        if name != assistant.name:
-            raise Refused(404, f"the model {name!r} does not exist; this service has {assistant.name!r}", "model", "model_not_found")
-        return reply(_model(assistant))
-
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], response_model=None)
-    async def unknown(request: Request) -> Response:
-        raise Refused(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
-
+    app = FastAPI(title="Trunkline", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Door)
+    _errors(app)
+    _answers(app)
+    _others(app)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
-def _model(assistant: Assistant) -> dict[str, Any]:
-    return {"id": assistant.name, "object": "model", "created": 0, "owned_by": "trunkline", "digest": assistant.digest}
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return JSONResponse(error.body(), error.status, headers=error.headers())
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(request: Request, error: RequestValidationError) -> Response:
+        return await refused(request, invalid(error.errors(), UNSUPPORTED))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return await refused(request, Refused(error.status_code, str(error.detail), code="invalid_request"))
+
+
+def _named(app: FastAPI, name: str) -> Assistant:
+    """The model of this name.
+
+    Raises:
+        Refused: there is none.
+    """
+    assistant: Assistant = app.state.assistant
+    if name != assistant.name:
+        raise Refused(404, f"the model {name!r} does not exist; this service has {assistant.name!r}", "model", "model_not_found")
+    return assistant
+
+
+def _answers(app: FastAPI) -> None:
+    async def answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+        answers = Answers(assistant=_named(app, asked.model), scheduler=app.state.scheduler, request=asked)
+        request.state.note.answers = answers
+        await answers.start()
+        if asked.stream:
+            return StreamingResponse(answers.events(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        try:
+            return Response((await answers.whole(request.is_disconnected)).model_dump_json(), media_type="application/json")
+        except Gone:
+            return Response(status_code=499)  # nobody reads it; the event has it
+
+    @app.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatReply, **STREAM}, **errors(ANSWER)})
+    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+        """Answer a conversation."""
+        return await answer(request, asked)
+
+    @app.post("/v1/completions", response_model=None, responses={200: {"model": TextReply, **STREAM}, **errors(ANSWER)})
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
+        """Go on from a text."""
+        return await answer(request, asked)
+
+
+def _others(app: FastAPI) -> None:
+    @app.post("/v1/feedback", responses=errors(ALWAYS | {400: "a field is wrong", 503: "it could not be stored"}))
+    async def feedback(request: Request, rating: FeedbackRequest) -> FeedbackReply:
+        """Rate an answer. When this is answered with 200, the rating is on the disk."""
+        now, key = time.time(), request.state.note.key
+        row = {"at": now, "answer_id": rating.id, "digest": app.state.assistant.digest, "key": key.id if key else None, **rating.model_dump(exclude={"id"})}
+        try:
+            await anyio.to_thread.run_sync(app.state.store.rate, row)
+        except SQLAlchemyError as error:
+            log.exception("a rating was not written")
+            raise Refused(503, "the rating could not be stored: come again", code="store_unavailable", retry_after=10) from error
+        return FeedbackReply(id=rating.id, created=int(now))
+
+    @app.get("/v1/models", responses=errors(ALWAYS))
+    async def models() -> ModelList:
+        """The model that is served."""
+        return ModelList(data=[_card(app.state.assistant)])
+
+    @app.get("/v1/models/{name}", responses=errors(ALWAYS | {404: "no such model"}))
+    async def model(name: str) -> ModelCard:
+        """The same, by its name."""
+        return _card(_named(app, name))
+
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        """The process lives."""
+        return Health()
+
+    @app.get("/readyz", responses={503: {"model": ErrorReply, "description": "no model is loaded"}})
+    async def readyz() -> Health:
+        """The model is loaded."""
+        if getattr(app.state, "scheduler", None) is None:
+            raise Refused(503, "no model is loaded yet", code="not_ready", retry_after=1)
+        return Health()
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    async def prometheus() -> Response:
+        """Prometheus metrics."""
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def unknown(request: Request) -> Response:
+        raise Refused(404, f"there is no {request.method} {request.url.path} here", code="unknown_url")
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, without the 422 that it adds everywhere (here it is a 400), and with the API key."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path, methods in made["paths"].items():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if path.startswith("/v1/"):
+                    operation["security"] = [{"key": []}, {}]
+        for name in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(name, None)
+        made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        app.openapi_schema = made
+    return app.openapi_schema
+
+
+def _card(assistant: Assistant) -> ModelCard:
+    return ModelCard(id=assistant.name, digest=assistant.digest)

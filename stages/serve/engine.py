@@ -5,7 +5,7 @@ A prompt is a list of token ids. `generate` and `score` keep the order of what t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -67,8 +67,21 @@ class Engine(Protocol):
         """Answer each prompt; shared prefixes are encoded once where the engine can."""
         ...
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Answer one prompt, piece by piece."""
+    def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
+        """Continue several prompts side by side, as one batch, and tell each token as it comes.
+
+        Args:
+            sampling: of all of them; its seed and its stop texts are not used.
+            on_token: gets the number of the prompt and a token, end tokens included; returning true ends that prompt.
+        """
+        ...
+
+    def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """The most likely continuation, at least one and at most `count` tokens, and the logits that each was taken from: shape (tokens, vocabulary)."""
+        ...
+
+    def keep(self, prefix: Sequence[int]) -> None:
+        """Keep the encoded state of the one beginning that most prompts of `decode` share, where the engine can."""
         ...
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[Score]]:
@@ -86,7 +99,7 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
     Args:
         folder: The model.
         settings: What runs it.
-        batches: Many prompts will come at a time, as in evaluate; false: one by one, as in the service. The answers are the same.
+        batches: Many prompts will come at a time, as in evaluate and the service; false: one by one. The answers are the same.
 
     Raises:
         ModelError: the folder is incomplete, or the engine is not installed.

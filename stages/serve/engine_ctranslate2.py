@@ -1,23 +1,22 @@
 """The CPU engine: ctranslate2, int8 by default.
 
-Batches. The service answers one prompt on all its threads. Who has many batches (evaluate, redteam) opens the engine with
-`batches`: each is worked on by one thread, so many at a time as there are threads. No thread waits for another within a matrix, and the
-bits are the same (a test compares them). `python -m tests.bench.evaluate` has the figures. What is in a batch depends on
-`serve.engine.batch` alone and never on the threads: in int8 the rounding of a batch reaches its answers (of 24 answers of 64 tokens by an
-untuned SmolLM2-135M, 12 became others when one batch of 24 was cut in two).
+Batches. Who has many batches (evaluate, redteam, the service) opens the engine with `batches`: each is worked on by one thread, so many at a
+time as there are threads. No thread waits for another within a matrix, and the bits are the same (a test compares them).
+`python -m tests.bench.evaluate` has the figures. What is in a batch depends on `serve.engine.batch` alone and never on the threads
+(in the service, on who else asks): in int8 the rounding of a batch reaches its answers (of 24 answers of 64 tokens by an untuned
+SmolLM2-135M, 12 became others when one batch of 24 was cut in two).
 
 Shared prefixes. The common beginning of a batch's prompts is encoded once; for `score` see `stages.serve.scoring`.
 
-`cache_static_prompt` stays off: ctranslate2 keeps one state (18 MB at 131 tokens) per prompt it has ever seen.
+`cache_static_prompt` is used for one prefix alone, the service's system prompt (`keep`), because ctranslate2 holds one state (18 MB at
+131 tokens) per static prompt that it has ever seen. The answers are the same with and without.
 `set_random_seed` has no effect on a running worker thread, so seeded sampling draws from the logits here (`_sample`).
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -79,6 +78,7 @@ class CTranslate2Engine:
         self._ends = sorted(self.chat.eos_ids) or None
         self._vocabulary = 0
         self._workers = inter
+        self._kept: list[int] = []
 
     def _each(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Work on each item, so many at a time as the model has workers."""
@@ -101,8 +101,8 @@ class CTranslate2Engine:
         answers = {i: answer for chosen, batch in zip(batches, found, strict=True) for i, answer in zip(chosen, batch, strict=True)}
         return [answers[i] for i in range(len(prompts))]
 
-    def _generate_batch(self, prompts: list[list[int]], sampling: Sampling, on_token: Callable[[int], bool] | None = None) -> list[Completion]:
-        """One batch; `on_token` gets each token of a single prompt, and ends the answer by returning true."""
+    def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """One batch."""
         if not all(prompts):
             raise ModelError("an empty prompt cannot be answered", "put a message into it")
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
@@ -111,13 +111,10 @@ class CTranslate2Engine:
         def watch(step: ctranslate2.GenerationStepResult) -> bool:
             if step.token_id in self.chat.eos_ids:
                 return False
-            if on_token is not None:
-                return on_token(step.token_id)
             text = grown.setdefault(step.batch_id, TextStream(self.chat, sampling.stop))
             text.push(step.token_id)
             return text.stopped
 
-        random = {"sampling_topk": 0, "sampling_topp": sampling.top_p, "sampling_temperature": sampling.temperature} if sampling.temperature > 0 else {}
         results = self._held[0].generate_batch(
             [self._tokens(p[shared:]) for p in prompts],
             static_prompt=self._tokens(prompts[0][:shared]) if shared else None,
@@ -126,8 +123,8 @@ class CTranslate2Engine:
             end_token=self._ends,
             return_end_token=True,
             include_prompt_in_result=False,
-            callback=watch if on_token is not None or any(sampling.stop) else None,
-            **random,
+            callback=watch if any(sampling.stop) else None,
+            **_random(sampling),
         )
         return [self._completion(r.sequences_ids[0], sampling) for r in results]
 
@@ -140,20 +137,10 @@ class CTranslate2Engine:
 
     def _sample(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
         """Sample by the seed: draft greedily, keep what the seeded draw agrees with, go on from the first other token."""
-        import numpy as np
-
         text = TextStream(self.chat, sampling.stop)
         while len(text.tokens) < sampling.max_tokens:
-            result = self._held[0].generate_batch(
-                [self._tokens(prompt + text.tokens)],
-                max_length=min(DRAFT, sampling.max_tokens - len(text.tokens)),
-                end_token=self._ends,
-                return_end_token=True,
-                include_prompt_in_result=False,
-                return_logits_vocab=True,
-            )[0]
-            for drafted, logits in zip(result.sequences_ids[0], result.logits[0], strict=True):
-                token = choose(np.asarray(logits).reshape(-1), sampling, seed, len(text.tokens))
+            for drafted, logits in zip(*self.draft(prompt + text.tokens, min(DRAFT, sampling.max_tokens - len(text.tokens))), strict=True):
+                token = choose(logits, sampling, seed, len(text.tokens))
                 if token in self.chat.eos_ids:
                     return Completion(tokens=text.tokens, text=text.text, finish_reason="stop")
                 text.push(token)
@@ -163,39 +150,45 @@ class CTranslate2Engine:
                     break
         return Completion(tokens=text.tokens, text=text.text, finish_reason="length")
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Answer one prompt, piece by piece; closing the iterator ends the generation. A seeded sample comes in one piece."""
-        if sampling.temperature > 0 and sampling.seed is not None:
-            yield self._sample(list(prompt), sampling, sampling.seed).text
-            return
-        text, pieces, gone = TextStream(self.chat, sampling.stop), queue.SimpleQueue[str | None](), threading.Event()
-        failed: list[BaseException] = []
+    # ------------------------------------------------------------ for the service
 
-        def on_token(token: int) -> bool:
-            pieces.put(text.push(token))
-            return text.stopped or gone.is_set() or not threading.main_thread().is_alive()
+    def keep(self, prefix: Sequence[int]) -> None:
+        """Keep the state after this prefix, in each worker."""
+        self._kept = list(prefix)
 
-        def work() -> None:
-            try:
-                self._generate_batch([list(prompt)], sampling, on_token)
-            except BaseException as error:  # handed over to the reader, who raises it
-                failed.append(error)
-            finally:
-                pieces.put(None)
+    def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
+        """Continue several prompts as one batch; what most of them share is encoded once, or not at all where it is the kept prefix."""
+        rows = [list(prompt) for prompt in prompts]
+        if not all(rows):
+            raise ModelError("an empty prompt cannot be answered", "put a message into it")
+        shared, kept = common_prefix(rows) if len(rows) > 1 else 0, len(self._kept)
+        cached = 0 < kept < min(map(len, rows)) and all(row[:kept] == self._kept for row in rows) and len(rows) * kept >= (len(rows) - 1) * shared
+        start = kept if cached else shared
+        self._held[0].generate_batch(
+            [self._tokens(row[start:]) for row in rows],
+            static_prompt=self._tokens(rows[0][:start]) if start else None,
+            cache_static_prompt=cached,
+            max_length=sampling.max_tokens,
+            end_token=self._ends,
+            return_end_token=True,
+            include_prompt_in_result=False,
+            callback=lambda step: on_token(step.batch_id, step.token_id),
+            **_random(sampling),
+        )
 
-        worker = threading.Thread(target=work)  # no daemon: at the end of Python it must have left ctranslate2
-        worker.start()
-        try:
-            while (piece := pieces.get()) is not None:
-                if piece:
-                    yield piece
-            if failed:
-                raise failed[0]
-            if rest := text.finish():
-                yield rest
-        finally:
-            gone.set()
-            worker.join()
+    def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """The most likely continuation and its logits, from one call."""
+        import numpy as np
+
+        result = self._held[0].generate_batch(
+            [self._tokens(prompt)],
+            max_length=count,
+            end_token=self._ends,
+            return_end_token=True,
+            include_prompt_in_result=False,
+            return_logits_vocab=True,
+        )[0]
+        return list(result.sequences_ids[0]), np.stack([np.asarray(logits).reshape(-1) for logits in result.logits[0]])
 
     # ------------------------------------------------------------ score
 
@@ -275,6 +268,11 @@ class CTranslate2Engine:
                 raise ModelError(f"token id {index} is outside the tokenizer's vocabulary", "use the tokenizer of this very model")
             tokens.append(token)
         return tokens
+
+
+def _random(sampling: Sampling) -> dict[str, float]:
+    """ctranslate2's options for drawing; none: the most likely token."""
+    return {"sampling_topk": 0, "sampling_topp": sampling.top_p, "sampling_temperature": sampling.temperature} if sampling.temperature > 0 else {}
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

@@ -6,7 +6,7 @@ Never imported by the service of a Bento that runs on another engine: torch stay
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +63,21 @@ class TransformersEngine:
         return [answers[i] for i in range(len(prompts))]
 
     def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """Left-padded batch, token by token with a KV cache."""
+        """One batch."""
+        texts = [TextStream(self.chat, sampling.stop) for _ in prompts]
+        ended = [False] * len(prompts)
+
+        def on_token(index: int, token: int) -> bool:
+            if token not in self.chat.eos_ids:
+                texts[index].push(token)
+            ended[index] = token in self.chat.eos_ids or texts[index].stopped
+            return ended[index]
+
+        self.decode(prompts, sampling, on_token)
+        return [Completion(tokens=t.tokens, text=t.text, finish_reason="stop" if done else "length") for t, done in zip(texts, ended, strict=True)]
+
+    def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
+        """Left-padded batch, token by token with a KV cache; a prompt that has ended keeps its place in it. The seed is honoured."""
         import torch
         from transformers import DynamicCache
 
@@ -73,7 +87,6 @@ class TransformersEngine:
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        texts = [TextStream(self.chat, sampling.stop) for _ in prompts]
         ended = [False] * len(prompts)
         seed = sampling.seed if sampling.seed is not None else int(torch.seed())
         cache = DynamicCache(config=self._model.config)
@@ -83,19 +96,20 @@ class TransformersEngine:
                 logits = out.logits[:, -1].float().cpu().numpy()
                 tokens = [choose(row, sampling, seed, step) for row in logits]
                 for i, token in enumerate(tokens):
-                    if not ended[i] and token not in self.chat.eos_ids:
-                        texts[i].push(token)
-                    ended[i] = ended[i] or token in self.chat.eos_ids or texts[i].stopped
+                    ended[i] = ended[i] or on_token(i, token) or token in self.chat.eos_ids
                 if all(ended):
                     break
                 ids = torch.tensor([[t] for t in tokens], device=self._device)
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
                 positions = mask.sum(-1, keepdim=True) - 1
-        return [Completion(tokens=t.tokens, text=t.text, finish_reason="stop" if done else "length") for t, done in zip(texts, ended, strict=True)]
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Answer one prompt, in one piece: the reference engine does not stream."""
-        yield self.generate([prompt], sampling)[0].text
+    def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """One token: the reference engine keeps no state to go on from."""
+        last = self.logprobs(prompt)[-1:]
+        return [int(last[0].argmax())], last
+
+    def keep(self, prefix: Sequence[int]) -> None:
+        """Nothing: the reference engine encodes each prompt whole."""
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[Score]]:
         """Log-likelihood of each continuation; each context is encoded once, its cache is copied for the continuations."""

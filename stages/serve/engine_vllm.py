@@ -7,7 +7,7 @@ so `score` forwards each continuation with its context, batched by vLLM's schedu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,20 @@ class VllmEngine:
             answers.append(Completion(tokens=tokens, text=text, finish_reason="length" if output.finish_reason == "length" else "stop"))
         return answers
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Answer one prompt, in one piece: vLLM's offline class does not stream."""
-        yield self.generate([prompt], sampling)[0].text
+    def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
+        """Continue several prompts; the tokens are told at the end: vLLM's offline class does not stream."""
+        for index, answer in enumerate(self.generate(prompts, sampling)):
+            ended = any(on_token(index, token) for token in answer.tokens)
+            if not ended and answer.finish_reason == "stop" and self.chat.eos_ids:
+                on_token(index, min(self.chat.eos_ids))
+
+    def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """One token, from the log-probabilities after the prompt; what came before is in vLLM's prefix cache."""
+        last = self.logprobs(prompt)[-1:]
+        return [int(last[0].argmax())], last
+
+    def keep(self, prefix: Sequence[int]) -> None:
+        """Nothing: vLLM's prefix cache keeps every prefix."""
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> list[list[Score]]:
         """Log-likelihood of each continuation, from the log-probabilities of the prompt."""

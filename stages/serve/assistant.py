@@ -1,0 +1,173 @@
+"""A loaded model behind its guard: from a request to answers in the making.
+
+A message that the guard refuses is answered with `serve.guard.refusal`, and the model is not asked. Control tokens that a user wrote out
+(`<|im_end|>`) are broken, so that nobody opens a turn of his own, in a plain prompt too.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from conf.errors import ModelError
+from conf.schema import Serve
+from stages.files import sha256
+from stages.serve.engine import Engine, Sampling, open_engine
+from stages.serve.grammar import Constraint, Grammars
+from stages.serve.guard import Guard
+from stages.serve.refusals import Refused
+from stages.serve.scheduler import Job
+from stages.serve.steering import Steering
+from stages.serve.text import TextStream
+from stages.serve.wire import ChatRequest, CompletionRequest, ObjectFormat, SchemaFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assistant:
+    """What a Bento holds."""
+
+    name: str
+    digest: str
+    engine: Engine
+    guard: Guard
+    settings: Serve
+
+    @classmethod
+    def load(cls, root: Path) -> Assistant:
+        """Load from a folder with `serve.json`, `engine/` and `guard/`, as `package` writes it.
+
+        Raises:
+            ModelError: a file is missing, or the engine is not the one that was packaged.
+        """
+        path = root / "serve.json"
+        if not path.is_file():
+            raise ModelError(f"{path} is missing", "serve a Bento that `dvc repro package` made")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        settings = TypeAdapter(Serve).validate_json(json.dumps(facts["serve"]))
+        if (actual := sha256(root / "engine")) != facts["digest"]:
+            raise ModelError(f"{root / 'engine'} has digest {actual}, and {facts['digest']} was packaged", "the files were altered: run `dvc repro package`")
+        folder = root / "guard"
+        guard = Guard(folder if folder.is_dir() else None, settings.guard)
+        engine = open_engine(root / "engine", settings.engine, batches=True)
+        return cls(name=facts["name"], digest=facts["digest"], engine=engine, guard=guard, settings=settings)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.engine.chat)
+
+    def kept(self) -> list[int]:
+        """The tokens with which every conversation begins that brings no system prompt of its own."""
+        one, other = (self.engine.chat.prompt(self._with_system([{"role": "user", "content": text}])) for text in ("a", "b"))
+        return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        system = [] if self.settings.system is None or messages[0]["role"] == "system" else [{"role": "system", "content": self.settings.system}]
+        return [*system, *messages]
+
+    def verdict(self, request: ChatRequest | CompletionRequest) -> dict[str, object]:
+        """What the guard says of all texts of a request together: `allowed`, `reasons` and the worst `score`."""
+        found = [self.guard.check(text) for text in texts(request) if text]
+        reasons = sorted({reason for verdict in found for reason in verdict.reasons})
+        return {"allowed": all(verdict.allowed for verdict in found), "reasons": reasons, "score": max((verdict.score for verdict in found), default=0.0)}
+
+    def prompts(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """The prompts of a request as tokens: one of a conversation.
+
+        Raises:
+            Refused: one is too long, or the chat template does not take it.
+        """
+        chat = self.engine.chat
+        if isinstance(request, ChatRequest):
+            where, named = "messages", {"developer": "system"}
+            turns = [{"role": named.get(turn.role, turn.role), "content": chat.defuse(turn.text())} for turn in request.messages]
+            try:
+                found = [chat.prompt(self._with_system(turns))]
+            except ModelError as error:
+                raise Refused(400, error.what, where, "invalid_value") from error
+        else:
+            where, found = "prompt", [chat.encode(chat.defuse(text)) for text in texts(request)]
+        for prompt in found:
+            if not prompt:
+                raise Refused(400, f"{where} is empty", where, "invalid_value")
+            if len(prompt) > self.settings.max_prompt_tokens:
+                what = f"{where} has {len(prompt)} tokens; the limit is {self.settings.max_prompt_tokens}"
+                raise Refused(400, what, where, "context_length_exceeded")
+        return found
+
+    def sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
+        """How the answers are drawn."""
+        longest = self.settings.max_tokens
+        wanted = (isinstance(request, ChatRequest) and request.max_completion_tokens) or request.max_tokens or longest
+        return Sampling(
+            max_tokens=min(wanted, longest),
+            temperature=self.settings.temperature if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            stop=request.stops(),
+        )
+
+    def job(self, request: ChatRequest | CompletionRequest, prompt: list[int], index: int, on_text: Callable[[str], None], on_end: Callable[[], None]) -> Job:
+        """One answer to make.
+
+        Args:
+            index: of the answer among those of the request; it is added to the seed.
+
+        Raises:
+            Refused: the JSON schema cannot be followed.
+        """
+        sampling = self.sampling(request)
+        return Job(
+            prompt=prompt,
+            sampling=sampling,
+            text=TextStream(self.engine.chat, sampling.stop),
+            on_text=on_text,
+            on_end=on_end,
+            deadline=time.monotonic() + self.settings.limits.seconds,
+            steering=self._steering(request, sampling, index),
+        )
+
+    def _steering(self, request: ChatRequest | CompletionRequest, sampling: Sampling, index: int) -> Steering | None:
+        """What acts on the logits; null: the engine's own way of drawing gives the same, and faster."""
+        constraint, top = self._constraint(request), _told(request)
+        frequency, presence = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
+        seeded = request.seed is not None and sampling.temperature > 0
+        if constraint is None and top is None and not frequency and not presence and not seeded:
+            return None
+        seed = secrets.randbits(62) if request.seed is None else request.seed + index
+        return Steering(sampling=sampling, seed=seed % 2**63, frequency_penalty=frequency, presence_penalty=presence, constraint=constraint, top=top)
+
+    def _constraint(self, request: ChatRequest | CompletionRequest) -> Constraint | None:
+        wanted = request.response_format if isinstance(request, ChatRequest) else None
+        if not isinstance(wanted, ObjectFormat | SchemaFormat):
+            return None
+        schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else {"type": "object"}
+        try:
+            return self._grammars.compile(schema)
+        except ModelError as error:
+            raise Refused(400, error.what, "response_format", "invalid_value") from error
+
+
+def texts(request: ChatRequest | CompletionRequest) -> Sequence[str]:
+    """What a user wrote."""
+    if isinstance(request, ChatRequest):
+        return [turn.text() for turn in request.messages]
+    return [request.prompt] if isinstance(request.prompt, str) else request.prompt
+
+
+def _told(request: ChatRequest | CompletionRequest) -> int | None:
+    """How many log-probabilities are told beside a token's own; null: none at all.
+
+    Raises:
+        Refused: `top_logprobs` without `logprobs`.
+    """
+    if isinstance(request, CompletionRequest):
+        return request.logprobs
+    if request.top_logprobs is not None and not request.logprobs:
+        raise Refused(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
+    return (request.top_logprobs or 0) if request.logprobs else None
