@@ -79,16 +79,19 @@ def recorded(lock: dict[str, Any], paths: Iterable[str]) -> Iterator[tuple[Path,
 
 
 def check_intact(paths: Iterable[str]) -> None:
-    """Stop at files that DVC took from a damaged cache file, and remove both, so that DVC makes or fetches them anew.
+    """Stop at files that DVC took from a damaged cache file, and remove both, so that DVC makes or fetches them anew; and at a folder of
+    which only a part is here, as `dvc repro --pull` leaves it, which DVC would take for the whole.
 
     Raises:
-        DataError: there are such; names each with its cache file.
+        DataError: there are such; names each damaged file with its cache file, and the first that is missing.
     """
     lock = Path("dvc.lock")
     if not lock.exists():
         return
-    damaged = []
+    damaged, missing = [], []
     for path, digest in recorded(read_yaml(lock), paths):
+        if not path.exists() and path.parent.is_dir():
+            missing.append(path)
         if path.is_file() and md5(path) != digest and (copy := cached(digest)) and md5(copy) != digest:
             damaged.append(f"{path}, from {copy} ({copy.stat().st_size:,} bytes)")
             remove(copy)
@@ -98,6 +101,9 @@ def check_intact(paths: Iterable[str]) -> None:
             f"{len(damaged)} file{'s' if len(damaged) > 1 else ''} of the DVC cache damaged since written:\n  - " + "\n  - ".join(damaged),
             "they are removed, from the cache and from here: `dvc pull` fetches them, or `dvc repro` makes them anew",
         )
+    if missing:
+        what = f"{missing[0].parent} is here in part: dvc.lock names {len(missing)} file{'s' if len(missing) > 1 else ''} more, as {missing[0].name}"
+        raise DataError(what, f"`dvc pull {missing[0].parent}`, or `trunkline repro` instead of `dvc repro`: a part must not be taken for the whole")
 
 
 def check_inputs(stage: str) -> None:

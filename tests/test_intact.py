@@ -85,6 +85,30 @@ def test_a_file_that_a_person_changed_stays() -> None:
     assert Path("data/make/rows").read_text() == "mine"
 
 
+def test_a_part_of_a_folder_is_not_taken_for_the_whole() -> None:
+    Path("data/make/more").unlink()
+    check_intact(["data/make/rows"])
+    with pytest.raises(DataError, match=r"data/make is here in part: dvc.lock names 1 file more, as more\n.*`dvc pull data/make`"):
+        check_intact(["data/make"])
+    Path("data/make/rows").unlink()
+    Path("data/make").rmdir()
+    check_intact(["data/make"])
+
+
+def test_a_part_that_was_fetched_is_put_away_and_what_a_person_made_stays() -> None:
+    from stages.operate.repro import put_away_parts
+
+    assert put_away_parts() == []
+    Path("data/make/more").unlink()
+    rows = Path("data/make/rows").read_text()
+    Path("data/make/rows").write_text("mine")
+    assert put_away_parts() == []
+    Path("data/make/rows").write_text(rows)
+    assert put_away_parts() == ["data/make"]
+    assert not Path("data/make").exists()
+    assert Path("data/single").exists()
+
+
 def test_nothing_is_checked_before_the_first_run() -> None:
     Path("dvc.lock").unlink()
     check_intact(["data"])

@@ -133,3 +133,7 @@ def test_another_learning_rate_fetches_what_tune_needs(origin: Path, tmp_path: P
     needed = {"models/select/base/model.safetensors", "data/preprocess/test.jsonl"}
     needless = {"models/tune/model/model.safetensors", "models/export/engine/model.bin", "data/validate/docs/index.html"}
     assert rebuild(origin, folder, needed, needless) == ["compose", "tune", "export", "evaluate", "redteam", "gate", "package"]
+    lock = (folder / "dvc.lock").read_bytes()
+    again = sh(folder, sys.executable, "-m", "stages.operate.cli", "repro", "--pull", "--allow-missing")
+    assert ran(again) == []
+    assert (folder / "dvc.lock").read_bytes() == lock, "no stage took the part of a folder that was fetched for the whole"

@@ -41,6 +41,8 @@ class StageOutlook:
     """Everything else that differs, one sentence each."""
     fetch: int = 0
     """Bytes of outputs to bring from the remote."""
+    recorded: bool = False
+    """Whether dvc.lock has this very run: what it reads is what it read last, wherever its outputs are."""
 
 
 def outlook(root: Path, values: Mapping[str, Any]) -> list[StageOutlook]:
@@ -99,6 +101,7 @@ class _Walk:
             told.reasons.append("its command changed")
         unknown = [dep for dep in stage.deps if not self.settle(dep, told)]
         moved = never or bool(told.reasons or told.params)
+        told.recorded = not moved and not unknown
         if unknown:
             told.reasons += [f"{dep.def_path} is made by {self.source(dep)}, which {self.outcomes[self.source(dep)]}" for dep in unknown]
             told.outcome = "may run" if (not moved or self.compatible(stage, unknown)) else "runs"

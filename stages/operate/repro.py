@@ -19,7 +19,7 @@ from typing import Any
 
 from conf.errors import ConfigError, DataError
 from stages.files import read_json, remove
-from stages.intact import read_yaml
+from stages.intact import cached, md5, read_yaml, recorded
 from stages.run import WORK
 
 LOCK, LOCKS, OURS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock"), WORK / "repro.lock"
@@ -83,6 +83,26 @@ def mend() -> list[str]:
     return [str(path) for path in found]
 
 
+def put_away_parts() -> list[str]:
+    """Remove folders of which a `dvc repro --pull --allow-missing` fetched only a part: the next one would take it for the whole.
+
+    Only those whose files are all as dvc.lock names them; the cache keeps these. Returns their paths.
+    """
+    if not RECORD.exists():
+        return []
+    lock, found = read_yaml(RECORD), []
+    for out in (out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])):
+        folder = Path(out["path"])
+        if not out["md5"].endswith(".dir") or not folder.is_dir():
+            continue
+        named = dict(recorded(lock, [out["path"]]))
+        here = [path for path in folder.rglob("*") if path.is_file()]
+        if len(here) < len(named) and all(path in named and md5(path) == named[path] and cached(named[path]) for path in here):
+            remove(folder)
+            found.append(str(folder))
+    return found
+
+
 def repro(arguments: list[str]) -> None:
     """Wait, mend, start a warm parent for the stages, and become `dvc repro`.
 
@@ -108,6 +128,8 @@ def repro(arguments: list[str]) -> None:
     os.set_inheritable(own, True)  # dvc holds it as long as it lives, and its stages do not
     for path in mend():
         sys.stderr.write(f"{path} was half-written when DVC was killed, and is removed: what was done comes from the cache\n")
+    if "--allow-missing" in arguments:
+        put_away_parts()
     os.environ["PYTHONHASHSEED"] = "0"  # or each stage would start twice
     if address := warm.start(own):
         os.environ["TRUNKLINE_WARM"] = address

@@ -130,7 +130,7 @@ def _is_what_would_be_merged(found: Review, base_name: str, base: Snapshot, tree
     checked = subprocess.run([sys.executable, "-m", "conf", "--check"], capture_output=True, text=True, check=False)
     if checked.returncode:
         found.held.append(f"conf/ and params.yaml do not agree: {' '.join(checked.stderr.split()) or 'python -m conf --check fails'}")
-    found.pending = [stage for stage in found.attempt(lambda: outlook(Path.cwd(), tree.params)) or [] if stage.outcome != "unchanged"]
+    found.pending = [stage for stage in found.attempt(lambda: outlook(Path.cwd(), tree.params)) or [] if not stage.recorded]
     if missing := [stage.stage for stage in found.pending if stage.stage not in AFTER]:
         found.held.append(f"{', '.join(missing)} {'have' if len(missing) > 1 else 'has'} not run on this tree: `trunkline repro`, and commit dvc.lock")
 

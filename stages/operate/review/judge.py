@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from stages.run import WORK
 DATA = ("data/collect", "data/preprocess")
 MODEL = ("models/export", "models/select", "models/tune")
 SCORES, SAMPLES, ATTACKS, VERDICT = "models/evaluate/scores.json", "models/evaluate/samples", "models/redteam/result.json", "models/gate/verdict.json"
+MADE = ("select", "tune", "export", "evaluate", "redteam")
+"""Stages whose outputs it takes to judge a model."""
 JUDGES = {"evaluate": "models/evaluate", "redteam": "models/redteam"}
 """Stage that measures -> where it writes."""
 
@@ -72,9 +75,7 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
         DataError: what it takes is not here, or the base's code cannot judge the candidate.
     """
     here = Path.cwd()
-    for path in (*MODEL, *JUDGES.values()):
-        if not Path(path).is_dir():
-            raise DataError(f"{path} is not here", "`dvc pull`, or `trunkline repro`")
+    bring(here, [path for stage in MADE for path in tree.outputs(stage) if not Path(path).exists()])
     why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree))}
     with spare_tree(str(base.revision)) as spare:
         share_cache(here, spare)
@@ -84,7 +85,7 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
             (spare / path).parent.mkdir(parents=True, exist_ok=True)
             (spare / path).symlink_to(here / path)
         if why:
-            restore_data(spare)
+            bring(spare, DATA)
         for stage in why:
             call(stage, here, spare)
         (spare / VERDICT).unlink(missing_ok=True)
@@ -117,25 +118,25 @@ def share_cache(here: Path, spare: Path) -> None:
         config["cache"]["dir"] = cache
 
 
-def restore_data(spare: Path) -> None:
-    """Bring the base's data into the spare tree.
+def bring(root: Path, paths: Sequence[str]) -> None:
+    """Put outputs that the dvc.lock of a tree names into it, from the cache or from the remote.
 
     Raises:
-        DataError: it is neither in the cache nor on the remote.
+        DataError: they are neither in the cache nor on the remote.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    targets = [str(spare / path) for path in DATA]
+    targets = [str(root / path) for path in paths]
     try:
-        with Repo(str(spare)) as repo:
-            if repo.config["core"].get("remote"):
+        with Repo(str(root)) as repo:
+            if targets and repo.config["core"].get("remote"):
                 repo.fetch(targets=targets)
-            repo.checkout(targets=targets, force=True)
+            if targets:
+                repo.checkout(targets=targets, force=True)
     except DvcException as error:
-        raise DataError(
-            f"the base's evaluation data cannot be had: {error}", "`dvc push` where the base was made, or set the DVC remote's credentials"
-        ) from error
+        remedy = "`dvc push` where they were made, or set the DVC remote's credentials"
+        raise DataError(f"{', '.join(paths)} cannot be had: {' '.join(str(error).split())}", remedy) from error
 
 
 def call(stage: str, here: Path, spare: Path, *, may_hold: bool = False) -> None:
