@@ -37,6 +37,16 @@ def test_use_changes_one_line(small: Path) -> None:
     assert after[before.index(changed[0][0])].endswith("# the selected one"), "the comment is gone"
 
 
+def test_every_verb_speaks_json(small: Path) -> None:
+    from typer.main import get_command
+
+    from stages.operate.cli import app
+
+    verbs = {name: [option for param in verb.params for option in param.opts] for name, verb in get_command(app).commands.items()}  # type: ignore[attr-defined]
+    assert {name for name, options in verbs.items() if "--json" not in options} == {"repro", "merge-driver"}, "these are DVC's and git's"
+    assert json.loads(trunkline(small, "use", "adapter", "--json").stdout)["told"].startswith("conf/config.yaml: experiment: default → adapter")
+
+
 def test_use_twice_changes_nothing(small: Path) -> None:
     use("adapter", small / "conf")
     text = (small / "conf/config.yaml").read_bytes()

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check failed, 2 the configuration or the command line is
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,17 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
+def tell(told: str, as_json: bool) -> None:
+    """Print what was done, in a sentence."""
+    typer.echo(json.dumps({"told": told}, ensure_ascii=False) if as_json else told)
+
+
 @app.command()
-def use(experiment: Annotated[str, typer.Argument(help="Name of a file in conf/experiment/.")]) -> None:
+def use(experiment: Annotated[str, typer.Argument(help="Name of a file in conf/experiment/.")], as_json: Json = False) -> None:
     """Select an experiment: one line of conf/config.yaml changes."""
     from stages.operate.use import use as select
 
-    typer.echo(select(experiment))
+    tell(select(experiment), as_json)
 
 
 @app.command()
@@ -83,11 +89,12 @@ def review(
 def champion(
     revision: Annotated[str, typer.Argument(help="Branch, tag or commit whose model is in production.")] = "main",
     when_other: Annotated[bool, typer.Option("--when-other", help="Only if it serves another model than this tree measured last.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Pin what a revision serves as the champion of the gate: one line of conf/gate/ changes."""
     from stages.operate.champion import pin
 
-    typer.echo(pin(revision, when_other))
+    tell(pin(revision, when_other), as_json)
 
 
 @app.command()
@@ -135,19 +142,19 @@ def gc(
 
 
 @app.command()
-def setup() -> None:
+def setup(as_json: Json = False) -> None:
     """Set up this clone: git merges dvc.lock by stage and params.yaml by key."""
     from stages.operate.merge_driver import setup as set_up
 
-    typer.echo(set_up())
+    tell(set_up(), as_json)
 
 
 @app.command()
-def remerge() -> None:
+def remerge(as_json: Json = False) -> None:
     """Merge dvc.lock and params.yaml again where a host merged them by lines, as "Update branch" does. CI calls it."""
     from stages.operate.remerge import remerge as merge_again
 
-    typer.echo("\n".join(merge_again()) or "there is nothing to merge again")
+    tell("\n".join(merge_again()) or "there is nothing to merge again", as_json)
 
 
 @app.command(hidden=True)
