@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,7 +21,7 @@ from stages.operate.gc import Collection, collect
 from stages.operate.in_production import engine
 from stages.operate.reach import PROTECTED
 from stages.operate.rollback import rollback
-from stages.serve.api import _model
+from stages.serve.wire import ModelCard, ModelList
 from tests.toy import Toy
 
 GATE = """
@@ -204,7 +203,7 @@ def test_production_stays_by_digest_by_tag_and_by_address(toy: Toy) -> None:
     digest = json.loads((toy.folder / "models/gate/verdict.json").read_text())["digest"]
     toy.git("checkout", "-q", "main")
     toy.dvc("checkout")
-    body = json.dumps({"object": "list", "data": [_model(SimpleNamespace(name="m", digest=digest))]}).encode()  # type: ignore[arg-type]
+    body = ModelList(data=[ModelCard(id="m", digest=digest)]).model_dump_json().encode()
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
