@@ -178,7 +178,7 @@ def champions(found: Sequence[Reference], reach: Reach) -> Reference:
 
 
 def unknown_here() -> list[str]:
-    """References of git's remotes whose commit this clone lacks.
+    """References of git's remotes that this clone does not have as they are: a commit that is here may be reached by a name that is not.
 
     Raises:
         DataError: a remote does not answer.
@@ -189,8 +189,14 @@ def unknown_here() -> list[str]:
         if listed.returncode:
             raise DataError(f"the git remote {remote} does not answer: {listed.stderr.strip()}", "its branches may reach what would be deleted: mend it first")
         pairs = [line.split("\t") for line in listed.stdout.splitlines()]
-        lacking += [f"{remote} {name}" for digest, name in pairs if git("cat-file", "-e", digest).returncode]
+        lacking += [f"{remote} {name}" for digest, name in pairs if not name.endswith("^{}") and local(remote, name) != digest]
     return lacking
+
+
+def local(remote: str, name: str) -> str:
+    """What this clone has a remote's branch or tag for; empty: it does not know the name."""
+    here = name if name.startswith("refs/tags/") else name.replace("refs/heads/", f"refs/remotes/{remote}/", 1)
+    return git("rev-parse", "--verify", "--quiet", here).stdout.strip()
 
 
 def work_tree() -> frozenset[str]:

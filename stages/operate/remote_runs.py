@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as TookTooLong
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from conf.errors import DataError
@@ -30,15 +30,22 @@ def remote_runs(repo: Repo, here: Path) -> Runs:
     Raises:
         DataError: the remote cannot be asked: no credentials, no network, or no answer.
     """
-    pool = ThreadPoolExecutor(1)
+    answers: Queue[Runs | Exception] = Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(_read(repo, here))
+        except Exception as error:  # each kind of store has errors of its own, and none of them keeps a plan from being made
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()  # a pool's thread would be waited for at the end of the process
     try:
-        return pool.submit(_read, repo, here).result(PATIENCE)
-    except TookTooLong as error:
-        raise DataError(f"the remote did not answer within {PATIENCE:g} s", "") from error
-    except Exception as error:  # each kind of store has errors of its own, and none of them keeps a plan from being made
-        raise DataError(f"the remote cannot be asked: {' '.join(str(error).split()) or type(error).__name__}", "") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        found = answers.get(timeout=PATIENCE)
+    except Empty:
+        raise DataError(f"the remote did not answer within {PATIENCE:g} s", "") from None
+    if isinstance(found, Exception):
+        raise DataError(f"the remote cannot be asked: {' '.join(str(found).split()) or type(found).__name__}", "") from found
+    return found
 
 
 def _read(repo: Repo, here: Path) -> Runs:

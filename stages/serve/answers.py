@@ -65,14 +65,17 @@ class Answers:
         """
         if self.request.stream_options is not None and not self.request.stream:
             raise Refused(400, "stream_options needs stream: true", "stream_options", "invalid_value")
+        if self.count > (most := self.assistant.settings.limits.waiting):
+            raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
         self.verdict = await anyio.to_thread.run_sync(self.assistant.verdict, self.request)
         if self.guarded:
             return
-        self.jobs = await anyio.to_thread.run_sync(self._make)
+        jobs = await anyio.to_thread.run_sync(self._make)
         try:
-            self.scheduler.submit(self.jobs)
-        except Full:
+            self.scheduler.submit(jobs)
+        except Full:  # nothing was begun, and nothing is charged
             raise Refused(429, "the service has as much to do as it can hold: come again", code="overloaded", retry_after=self.scheduler.wait()) from None
+        self.jobs = jobs
 
     def _make(self) -> list[Job]:
         prompts, each = self.assistant.prompts(self.request), self.request.n or 1

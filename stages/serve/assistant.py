@@ -28,6 +28,9 @@ from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from stages.serve.wire import ChatRequest, CompletionRequest, ObjectFormat, SchemaFormat
 
+COLD, NARROW = 1e-4, 1e-6
+"""A smaller temperature is 0, and a smaller nucleus this one: what lies below is nothing, or no number, to an engine that computes in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assistant:
@@ -104,11 +107,12 @@ class Assistant:
     def sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         """How the answers are drawn."""
         longest = self.settings.max_tokens
+        temperature = self.settings.temperature if request.temperature is None else request.temperature
         wanted = (isinstance(request, ChatRequest) and request.max_completion_tokens) or request.max_tokens or longest
         return Sampling(
             max_tokens=min(wanted, longest),
-            temperature=self.settings.temperature if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
+            temperature=0.0 if temperature < COLD else temperature,
+            top_p=1.0 if request.top_p is None else max(request.top_p, NARROW),
             stop=request.stops(),
         )
 

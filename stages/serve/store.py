@@ -41,12 +41,23 @@ log = logging.getLogger(__name__)
 
 
 def address(environment: Mapping[str, str]) -> str:
-    """URL of the database."""
+    """URL of the database.
+
+    Raises:
+        ConfigError: none is named, and there is no place for one.
+    """
     value = environment.get(VARIABLE, "")
     if "://" in value:
         return value
-    state = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    path = Path(value) if value else (Path(".dvc/tmp") if Path(".dvc").is_dir() else state) / "trunkline/events.sqlite"
+    if value:
+        path = Path(value)
+    elif Path(".dvc").is_dir():
+        path = Path(".dvc/tmp/trunkline/events.sqlite")
+    else:
+        try:
+            path = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "trunkline/events.sqlite"
+        except RuntimeError as error:
+            raise ConfigError(f"{VARIABLE} is not set, and there is no home directory", f"set {VARIABLE} to a file") from error
     return f"sqlite:///{path.resolve()}"
 
 
@@ -111,8 +122,13 @@ class Store:
 
     def forget(self, user: str) -> int:
         """Remove what is kept of a user; returns the number of rows."""
+        from sqlalchemy import select
+
         with self._engine.begin() as connection:
-            return sum(connection.execute(table.delete().where(table.c.user == user)).rowcount for table in (self.events, self.ratings))
+            answers = select(self.events.c.id).where(self.events.c.user == user)
+            theirs = (self.ratings.c.user == user) | self.ratings.c.answer_id.in_(answers)
+            ratings = connection.execute(self.ratings.delete().where(theirs)).rowcount
+            return ratings + connection.execute(self.events.delete().where(self.events.c.user == user)).rowcount
 
     def close(self) -> None:
         """Write what waits, and end the writer."""
@@ -178,7 +194,7 @@ def connect(url: str) -> Engine:
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
-        engine = create_engine(url)
+        engine = create_engine(url, hide_parameters=True)  # what a user wrote must not reach the log
         if engine.dialect.name == "sqlite":
             Path(engine.url.database or "").parent.mkdir(parents=True, exist_ok=True)
 

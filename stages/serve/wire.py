@@ -23,6 +23,8 @@ MOST_ANSWERS = 8
 def _whole(text: str) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ValueError("it holds half a surrogate pair, which is no text")
+    if "\0" in text:
+        raise ValueError("it holds a NUL, which no database takes for text")
     return text
 
 

@@ -111,7 +111,8 @@ def review(base_name: str, production_name: str, *, time_answers: bool = True) -
     if not found.alters_model:
         found.notes.append("The model is the one in production: nothing new to judge.")
     elif measured:
-        _judge(found, base, tree, champion, production_name)
+        # the same engine behind another service has no rows of its own to compare: the absolute rules judge it
+        _judge(found, base, tree, champion if production.measured != tree.measured else None, production_name)
         if time_answers and production.measured != tree.measured:
             found.latency = found.attempt(lambda: measure(champion, tree)) or {}
     _own_gate(found, tree)
@@ -130,7 +131,10 @@ def _is_what_would_be_merged(found: Review, base_name: str, base: Snapshot, tree
     checked = subprocess.run([sys.executable, "-m", "conf", "--check"], capture_output=True, text=True, check=False)
     if checked.returncode:
         found.held.append(f"conf/ and params.yaml do not agree: {' '.join(checked.stderr.split()) or 'python -m conf --check fails'}")
-    found.pending = [stage for stage in found.attempt(lambda: outlook(Path.cwd(), tree.params)) or [] if not stage.recorded]
+    stages = found.attempt(lambda: outlook(Path.cwd(), tree.params)) or []
+    found.pending = [stage for stage in stages if not stage.recorded]
+    if other := [reason.removesuffix(": modified") for stage in stages if stage.recorded for reason in stage.reasons if reason.endswith(": modified")]:
+        found.held.append(f"{', '.join(other)} is not what dvc.lock names: `dvc checkout`, or `trunkline repro`")
     if missing := [stage.stage for stage in found.pending if stage.stage not in AFTER]:
         found.held.append(f"{', '.join(missing)} {'have' if len(missing) > 1 else 'has'} not run on this tree: `trunkline repro`, and commit dvc.lock")
 

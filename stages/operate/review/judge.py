@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conf.yaml import dump
 from stages.files import read_json, read_jsonl
 from stages.operate.git import spare_tree
 from stages.operate.review.snapshot import Snapshot
+from stages.operate.review.tampering import changed_files, declared
 from stages.run import WORK
 
 DATA = ("data/collect", "data/preprocess")
@@ -49,10 +51,18 @@ class Judgement:
     """Why a stage was run again, one sentence each; none: the candidate's own results are the base's."""
 
 
-def moved(stage: str, base: Snapshot, tree: Snapshot) -> list[str]:
-    """What a measuring stage reads beside the model, and that differs between the two."""
+def moved(stage: str, base: Snapshot, tree: Snapshot, changed: Sequence[str] = ()) -> list[str]:
+    """What differs between the two of a measuring stage, beside the model that it reads.
+
+    Args:
+        changed: files in git that differ; every stage reads its settings by conf/*.py, which is no dependency of its.
+    """
     read = [{path: md5 for path, md5 in side.inputs(stage).items() if not path.startswith("models/")} for side in (base, tree)]
     found = [path for path in sorted({*read[0], *read[1]}) if read[0].get(path) != read[1].get(path)]
+    found += [path for path in changed if fnmatch(path, "conf/*.py")]
+    pipelines = [declared(side.text("dvc.yaml")).get(stage) for side in (base, tree)]
+    commands = [side.lock.get(stage, {}).get("cmd") for side in (base, tree)]
+    found += ["its declaration"] if pipelines[0] != pipelines[1] or commands[0] != commands[1] else []
     return found + ([f"the key {stage}"] if base.params.get(stage) != tree.params.get(stage) else [])
 
 
@@ -76,7 +86,7 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
     """
     here = Path.cwd()
     bring(here, [path for stage in MADE for path in tree.outputs(stage) if not Path(path).exists()])
-    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree))}
+    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree, changed_files(base)))}
     with spare_tree(str(base.revision)) as spare:
         share_cache(here, spare)
         (spare / "params.yaml").write_text(dump(rules(base, tree, champion)), encoding="utf-8")

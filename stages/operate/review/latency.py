@@ -64,12 +64,17 @@ def measure(production: Snapshot | None, tree: Snapshot) -> dict[str, Latency]:
 def _open(folder: Path, params: Mapping[str, Any]) -> Engine:
     import json
 
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
     from conf.schema import EngineSettings
     from stages.serve.engine import open_engine
 
-    return open_engine(folder, TypeAdapter(EngineSettings).validate_json(json.dumps(params["serve"]["engine"], default=str)))
+    try:
+        settings = TypeAdapter(EngineSettings).validate_json(json.dumps(params["serve"]["engine"], default=str))
+    except (ValidationError, KeyError, TypeError) as error:
+        what = f"serve.engine is of another version than the code that reviews: {' '.join(str(error).split())}"
+        raise DataError(what, "bring the schema's change in a change of its own, or review with --no-latency") from error
+    return open_engine(folder, settings)
 
 
 def time_in_turns(engines: Mapping[str, Engine], rows: list[dict[str, Any]]) -> dict[str, Latency]:

@@ -83,9 +83,12 @@ class Snapshot:
         Raises:
             DataError: it cannot be had.
         """
+        from dvc.exceptions import DvcException
+        from dvc_data.index import DataIndexDirError
+
         try:
             self._files.get(path, str(to), recursive=True)
-        except OSError as error:
+        except (DvcException, DataIndexDirError, OSError, ValueError) as error:
             raise DataError(f"{path} of {self.name} cannot be had: {error}", "`dvc fetch` it, with the credentials of the DVC remote") from error
 
     @cached_property
@@ -134,5 +137,8 @@ class Snapshot:
 
     @property
     def model(self) -> dict[str, Any]:
-        """What answers: the engine, the guard's classifier, and the settings of the service. Equal: the same answers."""
-        return {"engine": self.measured, "guard": self.outputs("redteam").get("models/redteam/guard"), "serve": self.params.get("serve")}
+        """What answers: engine, guard's classifier, and the service's code and settings. Equal: the same answers."""
+        read = {path: md5 for stage in ("evaluate", "redteam", "package") for path, md5 in self.inputs(stage).items()}
+        code = {path: md5 for path, md5 in read.items() if path.startswith("stages/serve/") or path == "stages/package.py"}
+        guard, command = self.outputs("redteam").get("models/redteam/guard"), self.lock.get("package", {}).get("cmd")
+        return {"engine": self.measured, "guard": guard, "serve": self.params.get("serve"), "code": code, "command": command}

@@ -13,8 +13,8 @@ from stages.operate.git import git
 from stages.operate.review.snapshot import Snapshot
 from stages.operate.rules import RuleChange
 
-WARDENS = ("stages/operate/*", ".github/*", ".gitlab-ci.yml", ".ci/*", ".gitattributes")
-"""Beside the gate stage's own code: what reviews, and what runs the review."""
+WARDENS = ("stages/operate/*", "conf/*.py", ".github/*", ".gitlab-ci.yml", ".ci/*", ".gitattributes")
+"""Beside the gate stage's own code: what reviews, what runs the review, and what reads the rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
