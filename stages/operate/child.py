@@ -113,7 +113,7 @@ def exit_code(ended: SystemExit) -> int:
 
 def end(code: int, connection: socket.socket | None) -> NoReturn:
     """End this process, by a signal where the code is negative; the last thing it does is to say so."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does: there is no public way to join all threads
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

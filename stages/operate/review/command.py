@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from conf.errors import TrunklineError
+from stages.files import publish
 from stages.operate.differences import Difference, differences
 from stages.operate.git import commit, git
 from stages.operate.outlook import StageOutlook, outlook
@@ -136,7 +137,7 @@ def _is_what_would_be_merged(found: Review, base_name: str, base: Snapshot, tree
     if other := [reason.removesuffix(": modified") for stage in stages if stage.recorded for reason in stage.reasons if reason.endswith(": modified")]:
         found.held.append(f"{', '.join(other)} is not what dvc.lock names: `dvc checkout`, or `trunkline repro`")
     if missing := [stage.stage for stage in found.pending if stage.stage not in AFTER]:
-        found.held.append(f"{', '.join(missing)} {'have' if len(missing) > 1 else 'has'} not run on this tree: `trunkline repro`, and commit dvc.lock")
+        found.held.append(not_run(missing))
 
 
 def _judge(found: Review, base: Snapshot, tree: Snapshot, champion: Snapshot | None, production_name: str) -> None:
@@ -163,9 +164,7 @@ def _champion(found: Review, tree: Snapshot, champion: Snapshot, production_name
     if champion.measured != champion.served:
         found.held.append(f"{production_name} was last measured on another model than it serves: `trunkline rollback` there first")
     if not pinned:
-        found.held.append(
-            f"no champion is pinned in gate.champion, and {production_name} serves a model: `trunkline champion {production_name}`, then `trunkline repro`"
-        )
+        found.held.append(f"no champion is pinned in gate.champion, and {production_name} serves a model: {remedy}")
     elif (held := found.attempt(lambda: Snapshot(commit(str(pinned))))) is not None and held.served != champion.served:
         found.held.append(f"gate.champion {str(pinned)[:12]} is not what {production_name} serves: {remedy}")
 
@@ -177,7 +176,12 @@ def _own_gate(found: Review, tree: Snapshot) -> None:
     if "gate" in pending and own.get("promote") is not True:
         found.held += [f"the change's own gate says {own.get('outcome', 'nothing')}: {reason}" for reason in own.get("reasons", ["it has not run"])]
     elif waiting := [stage for stage in pending if stage in AFTER]:
-        found.held.append(f"{', '.join(waiting)} {'have' if len(waiting) > 1 else 'has'} not run on this tree: `trunkline repro`, and commit dvc.lock")
+        found.held.append(not_run(waiting))
+
+
+def not_run(stages: Sequence[str]) -> str:
+    """That stages have not run, in a sentence with the remedy."""
+    return f"{', '.join(stages)} {'have' if len(stages) > 1 else 'has'} not run on this tree: `trunkline repro`, and commit dvc.lock"
 
 
 def show(base: str, production: str | None, to: Path, time_answers: bool, as_json: bool) -> int:
@@ -185,12 +189,10 @@ def show(base: str, production: str | None, to: Path, time_answers: bool, as_jso
     from stages.operate.review.page import html, markdown
 
     found = review(base, production or base, time_answers=time_answers)
-    tree, against = Snapshot(None), Snapshot(found.base)
-    to.mkdir(parents=True, exist_ok=True)
-    for name, text in (("review.md", markdown(found)), ("review.html", html(found, against, tree))):
-        partial = to / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(to / name)
+    page = html(found, Snapshot(found.base), Snapshot(None))  # first: a figure that cannot be had holds too
+    for name, text in (("review.html", page), ("review.md", markdown(found))):
+        with publish(to / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     if as_json:
         sys.stdout.write(json.dumps(asdict(found) | {"passed": found.passed}, indent=2, ensure_ascii=False) + "\n")
         return 0 if found.passed else 1

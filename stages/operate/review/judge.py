@@ -86,7 +86,8 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
     """
     here = Path.cwd()
     bring(here, [path for stage in MADE for path in tree.outputs(stage) if not Path(path).exists()])
-    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree, changed_files(base)))}
+    changed = changed_files(base)
+    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree, changed))}
     with spare_tree(str(base.revision)) as spare:
         share_cache(here, spare)
         (spare / "params.yaml").write_text(dump(rules(base, tree, champion)), encoding="utf-8")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,19 @@ class Snapshot:
         return self._texts[path]
 
     def _read(self, path: str) -> str | None:
+        if self.revision and (kept := file_at(self.revision, path)) is not None:
+            return kept
+        with self._told(path):
+            return str(self._files.read_text(path, encoding="utf-8")) if self._files.exists(path) else None
+
+    @contextmanager
+    def _told(self, path: str) -> Iterator[None]:
+        """Tell in a sentence that DVC cannot give a file or folder."""
         from dvc.exceptions import DvcException
         from dvc_data.index import DataIndexDirError
 
-        if self.revision and (kept := file_at(self.revision, path)) is not None:
-            return kept
         try:
-            return str(self._files.read_text(path, encoding="utf-8")) if self._files.exists(path) else None
+            yield
         except (DvcException, DataIndexDirError, OSError, ValueError) as error:
             what = f"{path} of {self.name} cannot be read: {type(error).__name__}: {error}"
             raise DataError(what, "`dvc fetch` it, with the credentials of the DVC remote; or `dvc push` where it was made") from error
@@ -83,13 +90,8 @@ class Snapshot:
         Raises:
             DataError: it cannot be had.
         """
-        from dvc.exceptions import DvcException
-        from dvc_data.index import DataIndexDirError
-
-        try:
+        with self._told(path):
             self._files.get(path, str(to), recursive=True)
-        except (DvcException, DataIndexDirError, OSError, ValueError) as error:
-            raise DataError(f"{path} of {self.name} cannot be had: {error}", "`dvc fetch` it, with the credentials of the DVC remote") from error
 
     @cached_property
     def params(self) -> Mapping[str, Any]:
