@@ -15,7 +15,8 @@ import numpy as np
 
 from conf.errors import DataError
 from stages.files import publish, write_json
-from stages.serve.guard import FEATURES, features, normalise, windows
+from stages.serve.guard.classifier import FEATURES, features, windows
+from stages.serve.guard.normalise import normalise
 
 PER_TEXT = 8
 """Windows of one text that train: a long jailbreak must not outweigh a hundred short ones."""

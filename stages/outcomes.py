@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conf.schema import Redteam
-from stages.serve.guard import normalise
+from stages.serve.guard.normalise import normalise
 
 
 def canary(seed: int) -> str:

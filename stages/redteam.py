@@ -31,7 +31,7 @@ from stages.outcomes import canary, outcome, share, summary
 from stages.records import read_records
 from stages.run import progress
 from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.guard import Guard
+from stages.serve.guard.guard import Guard
 
 EXPORTED = Path("models/export/engine")
 COLLECTED = Path("data/collect")

@@ -21,7 +21,7 @@ from stages.convert import to_ctranslate2
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
 from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.guard import Guard as Watch
+from stages.serve.guard.guard import Guard as Watch
 from stages.serve.keys import Key, Keyring
 from stages.serve.store import Store
 from tests.models import tiny_llama

@@ -16,7 +16,9 @@ from conf.errors import ConfigError, DataError, ModelError
 from conf.schema import Guard as Settings
 from stages.files import sha256
 from stages.guard_training import split, train, trains
-from stages.serve.guard import FEATURES, Guard, features, normalise, windows
+from stages.serve.guard.classifier import FEATURES, features, windows
+from stages.serve.guard.guard import Guard
+from stages.serve.guard.normalise import normalise
 
 RULES = {"override": r"ignore (all )?previous instructions"}
 ATTACKS = [
@@ -140,5 +142,5 @@ def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path, damage: str) 
 
 
 def test_it_is_light_enough_for_the_service() -> None:
-    code = "import stages.serve.guard, sys; print([m for m in ('torch', 'sklearn', 'scipy', 'transformers', 'datasets') if m in sys.modules])"
+    code = "import stages.serve.guard.guard, sys; print([m for m in ('torch', 'sklearn', 'scipy', 'transformers', 'datasets') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -19,7 +19,7 @@ from stages import redteam
 from stages.files import read_json, read_jsonl, sha256
 from stages.outcomes import canary, leaks, outcome, share
 from stages.serve.engine import Engine, open_engine
-from stages.serve.guard import Guard
+from stages.serve.guard.guard import Guard
 from tests.models import tiny_llama
 
 SECRET = canary(0)

@@ -21,7 +21,7 @@ from conf.schema import Serve
 from stages.files import sha256
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
-from stages.serve.guard import Guard
+from stages.serve.guard.guard import Guard
 from stages.serve.refusals import Refused
 from stages.serve.scheduler import Job
 from stages.serve.steering import Steering

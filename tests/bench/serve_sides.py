@@ -127,7 +127,7 @@ def main() -> None:
     from stages.serve.api import create_app, open_service
     from stages.serve.assistant import Assistant
     from stages.serve.engine import open_engine
-    from stages.serve.guard import Guard
+    from stages.serve.guard.guard import Guard
     from stages.serve.keys import Keyring
     from stages.serve.store import Store, address
 
