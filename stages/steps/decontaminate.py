@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from conf.schema import Decontaminate
 from stages.steps.arrays import map_array, write_array
-from stages.steps.deduplicate import read_listed
+from stages.steps.deduplicate import HELD, read_listed, slices
 from stages.steps.grams import WordHashes, sum_hashes, words
 from stages.steps.order import SPLITS, Parts, Table
 from stages.steps.rows import Dropped, Filter
@@ -63,15 +63,25 @@ def part_grams(folder: Path, part: int) -> tuple[np.ndarray, np.ndarray]:
 
 def join_index(folder: Path, grams: Path, table: Table, parts: Parts, repeats: Path) -> None:
     """Make one sorted array of each evaluation set: `<folder>/<set>.grams`; the rows of the split `test` that stay are one."""
-    pieces: dict[str, list[np.ndarray]] = {p.name: [map_array(piece, GRAM) for piece in sorted(p.iterdir())] for p in folder.glob("*") if p.is_dir()}
     for part, (start, end) in enumerate(pairwise(parts.starts)):
         stays = table.column("splits", start, end) == SPLITS.index("test")
         stays[read_listed(repeats, start, end)["row"] - start] = False
         if stays.any():
             hashes, counts = part_grams(grams, part)
-            pieces.setdefault("test", []).append(np.unique(hashes[np.repeat(stays, counts)]))
-    for name, arrays in sorted(pieces.items()):
-        write_array(folder / f"{name}.grams", np.unique(np.concatenate(arrays)))
+            write_array(folder / "test" / f"part-{part:05d}", np.unique(hashes[np.repeat(stays, counts)]))
+    for pieces in sorted(path for path in folder.glob("*") if path.is_dir()):
+        merge(sorted(pieces.iterdir()), folder / f"{pieces.name}.grams")
+
+
+def merge(pieces: Sequence[Path], path: Path) -> None:
+    """Make one sorted array of several, each value once; `HELD` of them are in memory at a time."""
+    with path.open("wb") as file:
+        for low, high in slices(sum(piece.stat().st_size for piece in pieces) // GRAM.itemsize):
+            found = []
+            for piece in pieces:
+                known = map_array(piece, GRAM)  # anew: what was looked at would stay in memory
+                found.append(np.array(known[np.searchsorted(known, low) : np.searchsorted(known, high, side="right")]))
+            file.write(np.unique(np.concatenate(found)).tobytes())
 
 
 class Index:
@@ -83,7 +93,8 @@ class Index:
         bits = min(max(len(self.known).bit_length() + 5, SKETCH_BITS[0]), SKETCH_BITS[-1])
         self.shift = np.uint64(64 - bits)
         self.may_hold = np.zeros(1 << bits, dtype=bool)
-        self.may_hold[self.known >> self.shift] = True
+        for at in range(0, len(self.known), HELD):  # read, and not looked at in the map, where all of it would stay in memory
+            self.may_hold[np.fromfile(path, GRAM, count=HELD, offset=at * GRAM.itemsize) >> self.shift] = True
 
     def rows_with_any(self, grams: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Which rows have an n-gram of the set."""

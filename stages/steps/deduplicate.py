@@ -72,6 +72,14 @@ def list_exact(table: Table, parts: Parts, path: Path) -> None:
     write_repeats(path, table, parts, np.concatenate(listed, axis=1), near=False)
 
 
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """Each pair once. Args: pairs: of places, shape (n, 2)."""
+    ordered = pairs[np.lexsort(pairs.T)]
+    new = np.ones(len(ordered), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return np.asarray(ordered[new])
+
+
 def write_repeats(path: Path, table: Table, parts: Parts, pairs: np.ndarray, *, near: bool) -> None:
     """List the members of each cluster but the first, and but those of `use: test`. Args: pairs: of equal rows, shape (2, n)."""
     members, which = np.unique(pairs, return_inverse=True)
@@ -177,8 +185,9 @@ class Sketch(PipelineStep):
 def list_near(folder: Path, table: Table, parts: Parts, minhash: MinHash, path: Path) -> None:
     """List the rows that share a band with an earlier one, or with one that does. Args: folder: of the sketches."""
     pieces = [(np.fromfile(file, dtype=np.int64), file.with_suffix(".bands")) for file in sorted(folder.glob("*.rows"))]
-    pairs = [np.empty((2, 0), dtype=np.int64)]
+    pairs = np.empty((0, 2), dtype=np.int64)
     for bucket in range(minhash.buckets):
+        fresh = [pairs]
         for low, high in slices(sum(len(rows) for rows, _ in pieces)):
             found = []
             for rows, file in pieces:
@@ -186,8 +195,9 @@ def list_near(folder: Path, table: Table, parts: Parts, minhash: MinHash, path: 
                 inside = (keys >= low) & (keys <= high)
                 found.append((rows[inside], keys[inside]))
             if found:
-                pairs.append(np.array(equal_neighbours(np.concatenate([rows for rows, _ in found]), [np.concatenate([keys for _, keys in found])])))
-    write_repeats(path, table, parts, np.concatenate(pairs, axis=1), near=True)
+                fresh.append(np.stack(equal_neighbours(np.concatenate([rows for rows, _ in found]), [np.concatenate([keys for _, keys in found])]), axis=1))
+        pairs = distinct(np.concatenate(fresh))  # near duplicates share most of their bands
+    write_repeats(path, table, parts, pairs.T, near=True)
 
 
 def join_lists(lists: Sequence[Path], path: Path) -> None:
