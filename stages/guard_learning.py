@@ -37,15 +37,17 @@ def matrix(texts: list[str], window: int, shape: Features, most: int | None = PE
     """The windows of texts as rows (n, 2 ** bits), and to which text each belongs, shape (n,); of long texts, evenly spread ones."""
     from scipy.sparse import csr_matrix
 
-    places, values, ends, owners = [], [], [0], []
+    places, values, lengths, owners = [], [], [], []
     for number, text in enumerate(texts):
-        pieces = list(features(normalise(text), window, **shape))
-        for index, value in pieces[:: max(len(pieces) // most, 1)][:most] if most else pieces:
-            places.append(index)
-            values.append(value)
-            ends.append(ends[-1] + len(index))
+        index, value, ends = features(normalise(text), window, **shape)
+        count = len(ends) - 1
+        for piece in range(0, count, max(count // most, 1))[:most] if most else range(count):
+            places.append(index[ends[piece] : ends[piece + 1]])
+            values.append(value[ends[piece] : ends[piece + 1]])
+            lengths.append(len(places[-1]))
             owners.append(number)
-    return csr_matrix((np.concatenate(values), np.concatenate(places), ends), shape=(len(owners), 1 << shape["bits"])), np.array(owners)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return csr_matrix((np.concatenate(values), np.concatenate(places), starts), shape=(len(owners), 1 << shape["bits"])), np.array(owners)
 
 
 def shares(owners: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:

@@ -61,7 +61,7 @@ def test_switched_off_it_lets_everything_pass(folder: Path) -> None:
 
 @given(st.integers(0, 3000), st.integers(1, 50))
 def test_windows_cover_every_character(length: int, size: int) -> None:
-    pieces = windows(length, size)
+    pieces = windows(length, size).tolist()
     assert set().union(*(range(start, end) for start, end in pieces)) == set(range(length))
     assert all(end - start <= size for start, end in pieces) and pieces[-1][1] == length
     assert all(after[0] - before[0] <= max(size // 2, 1) for before, after in itertools.pairwise(pieces))
@@ -69,14 +69,29 @@ def test_windows_cover_every_character(length: int, size: int) -> None:
 
 @given(st.text(max_size=300), st.integers(10, 120))
 def test_features_are_sorted_and_of_one_length(text: str, size: int) -> None:
-    for index, value in features(normalise(text), size, **FEATURES):
+    places, values, ends = features(normalise(text), size, **FEATURES)
+    assert len(ends) == len(windows(len(normalise(text)), size)) + 1 and ends[-1] == len(places) == len(values)
+    for start, end in itertools.pairwise(ends.tolist()):
+        index, value = places[start:end], values[start:end]
         assert np.isfinite(value).all() and (np.diff(index) > 0).all() and (index < 1 << FEATURES["bits"]).all()
         assert np.linalg.norm(value) == pytest.approx(1, abs=1e-3) if len(value) else True
 
 
+@given(st.text(min_size=1, max_size=300), st.integers(10, 60))
+def test_a_window_is_read_like_a_text_of_its_own(text: str, size: int) -> None:
+    """Except for n-grams that reach over its end."""
+    shape = {"bits": 20, "chars": [1], "words": []}
+    normal = normalise(text)
+    places, values, ends = features(normal, size, **shape)
+    for (start, end), first, last in zip(windows(len(normal), size).tolist(), ends, ends[1:], strict=False):
+        alone = features(f" {normal} "[start : end + 1], size + 1, **shape)[:2]
+        whole = dict(zip(places[first:last].tolist(), values[first:last].tolist(), strict=True))
+        assert set(whole) <= set(alone[0].tolist()) and len(whole) >= len(set(f" {normal} "[start : end + 1]))
+
+
 def test_n_grams_are_those_of_the_text_in_their_order() -> None:
     def places(text: str, **shape: Any) -> list[int]:
-        return next(iter(features(text, 100, **{"bits": 20, "chars": [], "words": []} | shape)))[0].tolist()
+        return features(text, 100, **{"bits": 20, "chars": [], "words": []} | shape)[0].tolist()
 
     assert len(places("abc", chars=[3])) == 3, "' ab', 'abc' and 'bc '"
     assert set(places("a b c", words=[1, 2])) == set(places("a b", words=[1, 2])) | set(places("b c", words=[1, 2]))

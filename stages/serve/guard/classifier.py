@@ -43,11 +43,12 @@ LONGEST = 40_000
 """Characters of a view that are read; the service's own limits are far below."""
 
 
-def windows(length: int, size: int) -> list[tuple[int, int]]:
-    """Start and end of pieces of `size` characters that overlap by half and cover a text of that length; the last one ends with it."""
+def windows(length: int, size: int) -> np.ndarray:
+    """Start and end, shape (n, 2), of pieces of `size` characters that overlap by half and cover a text of that length; the last one ends with it."""
     if length <= size:
-        return [(0, length)]
-    return [(start, start + size) for start in range(0, length - size, max(size // 2, 1))] + [(length - size, length)]
+        return np.array([[0, length]])
+    starts = np.append(np.arange(0, length - size, max(size // 2, 1)), length - size)
+    return np.stack([starts, starts + size], axis=1)
 
 
 def mix(hashes: np.ndarray) -> np.ndarray:
@@ -84,15 +85,26 @@ def grams(text: str, bits: int, chars: list[int], words: list[int]) -> tuple[np.
     return at[order], (np.concatenate([hashes for _, hashes in found])[order] & np.uint64((1 << bits) - 1)).astype(np.int64)
 
 
-def features(text: str, size: int, bits: int, chars: list[int], words: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each window of a normalised text, its n-grams: places (int64, sorted) and values (float32, of length 1 together)."""
+def features(text: str, size: int, bits: int, chars: list[int], words: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The n-grams of each window of a normalised text, one window after the other.
+
+    Returns:
+        Places in the table (int64, sorted in a window), values (float32, of length 1 together in a window), and where the windows begin and the last
+        one ends (int64, shape (windows + 1,)).
+    """
     text = text[:LONGEST]
     at, places = grams(text, bits, chars, words)
-    for start, end in windows(len(text), size):
-        first, last = np.searchsorted(at, (start, end + 1))
-        index, counts = np.unique(places[first:last], return_counts=True)
-        value = np.sqrt(counts.astype(np.float32))
-        yield index, value / max(float(np.linalg.norm(value)), 1e-9)
+    limits = np.searchsorted(at, windows(len(text), size) + np.array([0, 1]))
+    counts = limits[:, 1] - limits[:, 0]
+    owners = np.repeat(np.arange(len(limits)), counts)
+    inside = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts - limits[:, 0], counts)
+    keys = np.sort(owners << bits | places[inside])
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    seen = np.diff(first, append=len(keys)).astype(np.float64)
+    owners = keys[first] >> bits
+    ends = np.searchsorted(owners, np.arange(len(limits) + 1))
+    lengths = np.sqrt(np.bincount(owners, weights=seen, minlength=len(limits)))
+    return keys[first] & ((1 << bits) - 1), (np.sqrt(seen) / lengths[owners]).astype(np.float32), ends
 
 
 class Classifier:
@@ -122,10 +134,10 @@ class Classifier:
 
     def logits(self, view: str) -> np.ndarray:
         """Each head's worst window of a normalised text, shape (heads,); over 0: an attack."""
-        worst = np.full(len(self.heads), -np.inf)
-        for index, value in features(view, self.window, **self.features):
-            worst = np.maximum(worst, self.weight[:, index] @ value + self.bias)
-        return worst
+        places, values, ends = features(view, self.window, **self.features)
+        owners = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+        each = [np.bincount(owners, weights=weight[places] * values, minlength=len(ends) - 1).max() for weight in self.weight]
+        return np.asarray(each + self.bias)
 
     def score(self, text: str) -> float:
         """How much the worst window, view and head looks like an attack, 0 to 1; `text` as it came."""
