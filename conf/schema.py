@@ -148,14 +148,16 @@ class Dataset:
     """Where the bytes come from."""
     use: Literal["train", "test", "corpus", "benchmark", "attack", "benign"]
     """`train`: rows to be split by preprocess; `test`: rows that only ever measure; `corpus`: documents to pretrain on;
-    `benchmark`: rows of a general-ability task; `attack` and `benign`: prompts for redteam. The purpose that the access
-    policy checks is training for `train` and `corpus`, evaluation for the rest."""
-    format: Literal["auto", "jsonl", "json", "csv", "parquet", "markdown", "text", "lines", "html"] = "auto"
+    `benchmark`: rows of a general-ability task; `attack` and `benign`: texts for guard and redteam. The purpose that the access
+    policy checks is training for `train` and `corpus`, evaluation for the rest; guard checks training for what teaches it."""
+    format: Literal["auto", "jsonl", "json", "yaml", "csv", "parquet", "markdown", "text", "lines", "html"] = "auto"
     """How to read it; `auto` goes by the file name (`.gz`, `.bz2`, `.xz` and `.zst` are unpacked). `text`, `markdown` and `html`:
     one row per file (html: one per element of `rows_at`, if set; markdown: its front matter gives columns); `lines`: one row
-    per line; `json`: an array, or the value under `rows_at`. A row that is a bare string is its `text`."""
+    per line; `json` and `yaml`: an array, or the value under `rows_at`; a YAML file that is one object is one row. A row that is a
+    bare string is its `text`."""
     rows_at: str | None = None
-    """`html`: CSS selector of one row. `json`: dotted key of the array, in which `*` takes every key. null: the whole file."""
+    """`html`: CSS selector of one row. `json`, `yaml`: dotted key of the array, in which `*` takes every key, or every item of an
+    array. null: the whole file."""
     fields: dict[Literal["id", "text", "completion", "label", "group"], str] = Field(default_factory=dict)
     """Record field -> column of the source (html: CSS selector, `selector@attribute` for an attribute). A field not
     named here is taken from the column of its own name, if there is one; other columns are kept in `meta`."""
@@ -642,15 +644,39 @@ class EngineSettings:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Guard:
+class Transformer:
+    """A sequence classifier of the transformers library that reads messages too (Prompt Guard, a DeBERTa, …)."""
+
+    repo: Text
+    """Repository on the hub, or a local folder; safetensors only, and no code of the repository's own is run."""
+    revision: Revision | None = None
+    """Commit of the repository: 40 hexadecimal digits. null: only for a local folder."""
+    labels: Annotated[list[Text], Field(min_length=1)]
+    """Names, in the model's own `id2label`, of the classes that are attacks; their probabilities are added up."""
+    max_tokens: Count = 512
+    """Tokens that the model reads at a time; a longer text is read in pieces that overlap by half, and the worst one counts."""
+    batch: Count = 8
+    """Pieces at a time."""
+    threads: Count = 2
+    """CPU threads."""
+
+    def __post_init__(self) -> None:
+        if self.revision is None and not self.repo.startswith(("/", "./", "../")):
+            raise ValueError(f"repo={self.repo!r} is on the hub and has no revision: pin a commit, or name a folder as ./<folder>")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ServeGuard:
     """What stands before and behind the model."""
 
     enabled: bool = True
     """false serves the bare model; redteam then reports it bare."""
-    window: Count = 400
+    window: Count = 100
     """Characters that the classifier reads at a time; windows overlap by half, and the worst one counts."""
     threshold: Share = 0.5
-    """Classifier score from which a message is refused."""
+    """Classifier score from which a message is refused. 0.5 is where `guard.calibrate` has put the guard's false alarms."""
+    transformer: Transformer | None = None
+    """A second classifier, of the transformers library; null: none."""
     rules: dict[Name, Text] = Field(default_factory=dict)
     """Name -> regular expression (case-insensitive, on the normalised text) that refuses a message."""
     refusal: Text = "I can't help with that here. I can help you with your orders, payments and account."
@@ -689,7 +715,7 @@ class Serve:
 
     engine: EngineSettings = Field(default_factory=EngineSettings)
     """What runs the model."""
-    guard: Guard = Field(default_factory=Guard)
+    guard: ServeGuard = Field(default_factory=ServeGuard)
     """Prompt-injection guard."""
     limits: ServeLimits = Field(default_factory=ServeLimits)
     """Queue, sizes and times."""
@@ -781,6 +807,69 @@ class Evaluate:
             raise ValueError("tasks is empty: nothing would be measured")
 
 
+# ---------------------------------------------------------------- guard
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GuardSource:
+    """What the guard does with one dataset of collect."""
+
+    use: Literal["train", "test", "split"]
+    """`train`: all rows teach. `test`: all rows measure, and the source is unseen. `split`: half and half, by the hash of `group`, or of the
+    text where a row has none, so that a row never changes side."""
+    family: Text | None = None
+    """Family of its attacks (`injection`, `jailbreak`, `extraction`, `harm`, …); null: the row's label. Without a meaning for harmless texts."""
+    labels: list[Text] | None = None
+    """Take only the rows with one of these labels; null takes all."""
+    limit: Count | None = None
+    """Take only so many rows, by the hash of their text; null takes all."""
+    counts: bool = True
+    """Whether it counts in `guard.recall` (attacks with `use: test`) or `guard.false_alarms` (harmless texts); false: only shown."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Guard:
+    """Train the classifier of the guard, and measure rules and classifier together on texts that no training saw."""
+
+    attacks: dict[Name, GuardSource]
+    """Dataset of collect with `use: attack` -> what is done with it."""
+    benign: dict[Name, GuardSource]
+    """Dataset of collect with `use: benign` or `use: attack` (a mixed one, by `labels`) -> what is done with it."""
+    policy: dict[Purpose, Access]
+    """Access policy for what teaches; `${collect.policy}` takes collect's."""
+    customers: bool = True
+    """The product's own messages: data/preprocess/train.jsonl teaches, as harmless, and test.jsonl measures; a row that a rule of serve.guard
+    refuses does neither, since some customers do inject."""
+    heads: Annotated[dict[Name, list[Text]], Field(min_length=1)]
+    """Head -> families that it learns against all harmless texts. Each has weights of its own, and the worst score of a text counts."""
+    calibrate: Annotated[float, Field(gt=0, lt=0.5)] = 0.003
+    """Share of harmless texts, kept from the weights, that each head may refuse: it is where the score is 0.5."""
+    ngram: Count = 5
+    """Words in a compared n-gram of training and test."""
+    max_overlap: Share = 0.5
+    """Largest share of a training text's n-grams that may occur in one test text of the same kind; above it, the training text is dropped."""
+    bits: Annotated[int, Field(ge=10, le=22)] = 18
+    """The table of hashed n-grams has 2 ** bits entries a head."""
+    chars: list[Count] = Field(default_factory=lambda: [3, 4, 5])
+    """Lengths of the character n-grams."""
+    words: list[Count] = Field(default_factory=lambda: [1, 2])
+    """Lengths of the word n-grams."""
+    strength: Positive = 20.0
+    """Inverse of the regularisation (scikit-learn's C)."""
+    joined: Natural = 1000
+    """Long harmless texts made of short ones, so that a long message is no sign of an attack."""
+    seed: Natural = 0
+    """Of the joined texts and the solver."""
+
+    def __post_init__(self) -> None:
+        known = {family for families in self.heads.values() for family in families}
+        stray = sorted({s.family for s in self.attacks.values() if s.family and s.use != "test"} - known)
+        if stray:
+            raise ValueError(f"heads learn no {', '.join(stray)}: name the family in one of heads.{', heads.'.join(sorted(self.heads))}")
+        if not any(s.use == "test" and s.counts for s in self.attacks.values()):
+            raise ValueError("attacks has no counting source with use: test: recall on unseen sources would be measured on nothing")
+
+
 # ---------------------------------------------------------------- redteam
 
 
@@ -789,11 +878,9 @@ class Redteam:
     """Attack the exported model behind its guard."""
 
     attacks: list[Name]
-    """Datasets of collect with `use: attack`."""
+    """Datasets of guard.attacks with `use` test or split: of each, the texts that the guard never saw."""
     benign: list[Name]
-    """Datasets of collect with `use: benign`: they look like attacks, or are ordinary, and must get through."""
-    holdout: list[Name]
-    """Attack datasets that the guard's classifier never trains on."""
+    """Datasets of guard.benign with `use` test or split: they look like attacks, or are ordinary, and must get through."""
     per_source: Count = 24
     """Prompts per attack dataset put to the model, taken by the hash of their text."""
     benign_limit: Count = 200
@@ -805,7 +892,7 @@ class Redteam:
     on_task: str | None = None
     """Regular expression of an answer that stays in the product's format: such an answer to an attack is not a success."""
     seed: Natural = 0
-    """Of the classifier's training and the canary."""
+    """Of the canary."""
 
 
 # ---------------------------------------------------------------- gate
@@ -817,7 +904,7 @@ class Absolute:
 
     metric: Text
     """`evaluate.<task>`, `evaluate.<task>.spread`, `evaluate.<task>.gain` (tuned less base), or `redteam.attack_success`,
-    `redteam.false_alarms`, `redteam.canary_leaks`, or `export.agreement`."""
+    `redteam.false_alarms`, `redteam.canary_leaks`, `guard.recall`, `guard.false_alarms`, or `export.agreement`."""
     direction: Literal["at_least", "at_most"]
     """Which side of the limit is good."""
     limit: float
@@ -899,6 +986,8 @@ class Config:
     """How it is converted, and how exact that must be."""
     evaluate: Evaluate
     """What is measured."""
+    guard: Guard
+    """What the guard learns from, and is measured on."""
     redteam: Redteam
     """What it is attacked with."""
     gate: Gate
@@ -911,12 +1000,14 @@ class Config:
     def __post_init__(self) -> None:
         attacks = {n for n, d in self.collect.datasets.items() if d.use == "attack"}
         benign = {n for n, d in self.collect.datasets.items() if d.use == "benign"}
+        measured = [{n for n, s in sources.items() if s.use != "train"} for sources in (self.guard.attacks, self.guard.benign)]
         problems = [
-            f"{key} names {name!r}, which is no dataset of collect with use: {use} (those are: {', '.join(sorted(known)) or 'none'})"
-            for key, names, known, use in (
-                ("redteam.attacks", self.redteam.attacks, attacks, "attack"),
-                ("redteam.benign", self.redteam.benign, benign, "benign"),
-                ("redteam.holdout", self.redteam.holdout, set(self.redteam.attacks), "attack, in redteam.attacks"),
+            f"{key} names {name!r}, which is no dataset of {what} (those are: {', '.join(sorted(known)) or 'none'})"
+            for key, names, known, what in (
+                ("guard.attacks", self.guard.attacks, attacks, "collect with use: attack"),
+                ("guard.benign", self.guard.benign, benign | attacks, "collect with use: benign or attack"),
+                ("redteam.attacks", self.redteam.attacks, measured[0], "guard.attacks with use: test or split"),
+                ("redteam.benign", self.redteam.benign, measured[1], "guard.benign with use: test or split"),
             )
             for name in names
             if name not in known

@@ -17,6 +17,7 @@ def model_card(
     leaderboard: Mapping[str, Any],
     scores: Mapping[str, Any],
     redteam: Mapping[str, Any],
+    guard: Mapping[str, Any],
     verdict: Mapping[str, Any],
     export: Mapping[str, Any],
     platforms: Mapping[str, platform.Platform],
@@ -29,6 +30,7 @@ def model_card(
         leaderboard: models/select/leaderboard.json.
         scores: models/evaluate/scores.json.
         redteam: models/redteam/result.json.
+        guard: models/guard/result.json.
         verdict: models/gate/verdict.json.
         export: models/export/summary.json.
         platforms: stage -> where it computed.
@@ -66,6 +68,16 @@ def model_card(
         ),
         "Attacks": _table(
             ("measure", "value"), [(key.replace("_", " "), _number(redteam.get(key))) for key in ("attack_success", "false_alarms", "canary_leaks")]
+        ),
+        "Guard": f"Refuses {_number(guard.get('recall'))} of the attacks of sources that it never saw, and {_number(guard.get('false_alarms'))} of ordinary "
+        "messages.\n\n"
+        + _table(
+            ("attacks, or harmless messages", "refused", "95% interval", "texts"),
+            [
+                (name, _number(found["share"]), f"{_number(found['low'])} to {_number(found['high'])}", found["n"])
+                for part in ("families", "benign")
+                for name, found in guard.get(part, {}).items()
+            ],
         ),
         "Gate": f"Outcome: {verdict['outcome']}.\n\n"
         + _table(

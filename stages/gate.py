@@ -1,7 +1,7 @@
 """Say whether the exported model may replace the champion, with the reason of every rule, and stop the pipeline unless it may.
 
-Reads:  models/evaluate/scores.json, models/evaluate/samples/, models/redteam/result.json, models/export/summary.json, and the
-        champion's models/evaluate/ at the revision gate.champion, from git and DVC
+Reads:  models/evaluate/scores.json, models/evaluate/samples/, models/redteam/result.json, models/export/summary.json,
+        models/guard/result.json, and the champion's models/evaluate/ at the revision gate.champion, from git and DVC
 Writes: models/gate/verdict.json, also when it holds
 Config: gate
 """
@@ -24,7 +24,12 @@ from stages.files import read_json, read_jsonl, write_json
 if TYPE_CHECKING:
     from stages.statistics import Comparison
 
-SOURCES = {"evaluate": Path("models/evaluate/scores.json"), "redteam": Path("models/redteam/result.json"), "export": Path("models/export/summary.json")}
+SOURCES = {
+    "evaluate": Path("models/evaluate/scores.json"),
+    "redteam": Path("models/redteam/result.json"),
+    "export": Path("models/export/summary.json"),
+    "guard": Path("models/guard/result.json"),
+}
 SAMPLES = Path("models/evaluate/samples")
 VERDICT = Path("models/gate/verdict.json")
 log = logging.getLogger(__name__)
@@ -59,6 +64,8 @@ def measures(found: Mapping[str, Json]) -> Json:
                 known[metric] = entry.get(part)
     if "redteam" in found:
         known |= {f"redteam.{part}": found["redteam"].get(part) for part in ("attack_success", "false_alarms", "canary_leaks")}
+    if "guard" in found:
+        known |= {f"guard.{part}": found["guard"].get(part) for part in ("recall", "false_alarms")}
     if "export" in found:
         known["export.agreement"] = found["export"].get("agreement")
     return known
@@ -85,16 +92,20 @@ def decide(settings: Gate, found: Mapping[str, Json], problems: list[str], weigh
 
     Args:
         settings: the rules.
-        found: what evaluate, redteam and export wrote; without what could not be read.
+        found: what evaluate, redteam, export and guard wrote; without what could not be read.
         problems: why something could not be read; each holds.
         weighed: compares a task with the champion; None: there is no champion.
     """
-    digests = {name: found[name].get("digest") for name in sorted(found)}
+    digests = {name: found[name].get("digest") for name in sorted(found) if name != "guard"}
+    attacked = found.get("redteam", {}).get("guard")
+    guards = [attacked.get("digest") if isinstance(attacked, dict) else None, found.get("guard", {}).get("digest")]
     same = len(set(map(str, digests.values()))) == 1 and None not in digests.values()
     holding = list(problems)
     if not same:
         shown = ", ".join(f"{SOURCES[name]}: {digest}" for name, digest in digests.items()) or "none at all"
         holding.append(f"the results are not of one and the same engine ({shown}): run `dvc repro`")
+    if {"redteam", "guard"} <= found.keys() and (guards[0] != guards[1] or not guards[0]):
+        holding.append(f"{SOURCES['redteam']} and {SOURCES['guard']} are not of one and the same guard: run `dvc repro`")
     rules = [judge(name, rule, measures(found)) for name, rule in sorted(settings.absolute.items())]
     if not rules:
         holding.append("gate.absolute is empty: a gate without a rule cannot let anything through")

@@ -1,6 +1,6 @@
 """Build the Bento: the engine that passed the gate, the service's own code, pinned requirements, model card and provenance.
 
-Reads:  models/gate/verdict.json, models/export, models/redteam, models/evaluate/scores.json, models/select/leaderboard.json,
+Reads:  models/gate/verdict.json, models/export, models/guard, models/redteam, models/evaluate/scores.json, models/select/leaderboard.json,
         models/tune/summary.json, data/collect/manifest.json, data/preprocess, params.yaml, and the service's modules
 Writes: models/package/ (a Bento as a plain directory: `bentoml serve <absolute path>`)
 Config: package, serve; and all of it, for its digest
@@ -41,18 +41,19 @@ from stages.files import canonical, publish, read_json, remove, sha256, write_js
 from stages.run import WORK, refusal, scratch
 
 EXPORT, REDTEAM, SCORES, VERDICT = Path("models/export"), Path("models/redteam"), Path("models/evaluate/scores.json"), Path("models/gate/verdict.json")
+GUARD, GUARD_FILES = Path("models/guard"), ("guard.json", "weights.safetensors")
 LEADERBOARD, MANIFEST, ROWS = Path("models/select/leaderboard.json"), Path("data/collect/manifest.json"), Path("data/preprocess")
 INPUTS = (
     MANIFEST, *(ROWS / f"{split}.jsonl" for split in ("train", "validation", "test")), LEADERBOARD, Path("models/tune/summary.json"),
-    EXPORT / "engine", EXPORT / "summary.json", REDTEAM / "guard", REDTEAM / "result.json", SCORES, VERDICT,
+    EXPORT / "engine", EXPORT / "summary.json", *(GUARD / name for name in (*GUARD_FILES, "result.json")), REDTEAM / "result.json", SCORES, VERDICT,
 )  # fmt: skip
 """What the provenance gives the digests of."""
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
 ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 """Engine -> the distributions that it imports."""
-IMPORTED = ("anyio", "bentoml", "fastapi", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client",
-            "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip
+IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers",
+            "prometheus-client", "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip
 """Distributions that the service imports, whatever its engine."""
 MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
 """Distributions whose versions the provenance names."""
@@ -116,16 +117,17 @@ def provenance(digest: str) -> dict[str, Any]:
 def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None:
     """Put everything that the Bento holds into a build context: copies, no links."""
     shutil.copytree(EXPORT / "engine", context / "engine")
-    if (REDTEAM / "guard").is_dir():
-        shutil.copytree(REDTEAM / "guard", context / "guard")
+    (context / "guard").mkdir()
+    for name in GUARD_FILES:
+        shutil.copyfile(GUARD / name, context / "guard" / name)
     for path in closure(SERVICE, leave_out={"conf.yaml", *(f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind)}):
         (context / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, context / path)
     write_json(context / "serve.json", {"name": settings.name, "digest": digest, "serve": asdict(serve)})
     write_json(context / "provenance.json", provenance(digest))
     card = model_card(settings, digest=digest, manifest=read_json(MANIFEST), leaderboard=read_json(LEADERBOARD), scores=read_json(SCORES),
-                      redteam=read_json(REDTEAM / "result.json"), verdict=read_json(VERDICT), export=read_json(EXPORT / "summary.json"),
-                      platforms=platform.recorded())  # fmt: skip
+                      redteam=read_json(REDTEAM / "result.json"), guard=read_json(GUARD / "result.json"), verdict=read_json(VERDICT),
+                      export=read_json(EXPORT / "summary.json"), platforms=platform.recorded())  # fmt: skip
     (context / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     write_json(context / "bentofile.yaml", {  # JSON is YAML
         "service": f"{SERVICE}:Service", "name": settings.name, "description": "file:MODEL_CARD.md", "include": ["*"], "exclude": ["bentofile.yaml"],

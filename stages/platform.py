@@ -28,6 +28,7 @@ RECORDS = {
     "tune": Path("models/tune/summary.json"),
     "export": Path("models/export/summary.json"),
     "evaluate": Path("models/evaluate/scores.json"),
+    "guard": Path("models/guard/result.json"),
     "redteam": Path("models/redteam/result.json"),
 }
 """Stage -> where its `platform` is written."""

@@ -1,7 +1,7 @@
 """Attack the exported model behind its guard, and count what gets through, what is refused for nothing, and what leaks.
 
-Reads:  models/export/engine, data/collect/<attack and benign datasets>.jsonl, data/preprocess/train.jsonl
-Writes: models/redteam/result.json, models/redteam/samples.jsonl, models/redteam/guard/ (the folder that the service loads)
+Reads:  models/export/engine, models/guard (the guard that the service loads, and the texts that it never saw)
+Writes: models/redteam/result.json, models/redteam/samples.jsonl
 Config: redteam, serve.engine, serve.guard, serve.system, serve.max_prompt_tokens
 
 Everything is measured on texts that the guard never trained on. The canary is a secret in the system prompt, so `leaked`
@@ -16,29 +16,23 @@ import logging
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import conf
 from conf.errors import ConfigError, DataError
-from conf.schema import EngineSettings, Redteam
-from conf.schema import Guard as GuardSettings
+from conf.schema import EngineSettings, Redteam, ServeGuard
 from stages import platform
-from stages.files import publish, sha256, write_json, write_jsonl
-from stages.guard_training import split, train
+from stages.files import publish, read_json, read_jsonl, sha256, write_json, write_jsonl
 from stages.outcomes import canary, outcome, share, summary
-from stages.records import read_records
 from stages.run import progress
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.guard.guard import Guard
 
 EXPORTED = Path("models/export/engine")
-COLLECTED = Path("data/collect")
-TRAIN = Path("data/preprocess/train.jsonl")
+GUARD = Path("models/guard")
 OUT = Path("models/redteam")
-ORDINARY = 2000
-"""Customers' messages that the classifier learns as harmless."""
 
 log = logging.getLogger(__name__)
 
@@ -66,31 +60,23 @@ def cut(engine: Engine, system: str, text: str, limit: int) -> tuple[str, list[i
     return text[:fits], prompt(fits)
 
 
-def read_texts(names: Iterable[str], key: str) -> dict[str, dict[str, str]]:
-    """Dataset -> text -> family (the row's label, or the dataset itself).
+def unseen(names: Iterable[str], key: str) -> dict[str, dict[str, str]]:
+    """Dataset -> text that the guard never saw -> family, ordered by the hash of the text.
 
     Raises:
-        DataError: no dataset, or one without a text.
+        DataError: no dataset, or one without such a text.
     """
-    texts = {name: {r.text: r.label or name for r in read_records(COLLECTED / f"{name}.jsonl") if r.text.strip()} for name in names}
-    for name, rows in texts.items():
-        if not rows:
-            raise DataError(f"{COLLECTED / name}.jsonl has no text ({key})", "a red team without attacks passes everything: mend or remove the dataset")
-    if not texts:
-        raise DataError(f"{key} is empty: nothing would be measured", f"name datasets of collect in {key}")
-    return texts
-
-
-def measuring(texts: Mapping[str, list[str]], key: str) -> dict[str, list[str]]:
-    """Each source's texts that the guard never saw, ordered by hash.
-
-    Raises:
-        DataError: a source has none left.
-    """
-    for name, left in texts.items():
-        if not left:
-            raise DataError(f"{key}: every text of {name} trains the guard, or repeats another source", "give it more rows, or name it in redteam.holdout")
-    return {name: sorted(left, key=digest) for name, left in texts.items()}
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    if not found:
+        raise DataError(f"{key} is empty: nothing would be measured", f"name datasets of guard in {key}")
+    hostile = key == "redteam.attacks"
+    for row in sorted((row for row in read_jsonl(GUARD / "samples.jsonl") if row["hostile"] == hostile), key=lambda row: digest(row["text"])):
+        if row["source"] in found:
+            found[row["source"]][row["text"]] = row["family"]
+    for name, texts in found.items():
+        if not texts:
+            raise DataError(f"{key}: {GUARD}/samples.jsonl has no text of {name}", "let it measure the guard (`use: test` or `split`), and run `dvc repro`")
+    return found
 
 
 def attack(engine: Engine, guard: Guard, system: str, prompts: Sequence[tuple[str, str, str]], settings: Redteam, limit: int) -> list[dict[str, Any]]:
@@ -121,11 +107,18 @@ def attack(engine: Engine, guard: Guard, system: str, prompts: Sequence[tuple[st
     return rows
 
 
+def alarm(source: str, text: str, guard: Guard) -> dict[str, Any]:
+    """A harmless text, and whether the guard lets it pass."""
+    verdict = guard.check(text)
+    said = "passed" if verdict.allowed else "blocked"
+    return {"source": source, "family": "benign", "prompt": text, "outcome": said, "reasons": verdict.reasons, "score": round(verdict.score, 6), "answer": ""}
+
+
 def main() -> None:
-    """Train the guard, attack, and write the result last."""
+    """Attack, and write the result last."""
     settings: Redteam = conf.load("redteam")
     engine_settings: EngineSettings = conf.load("serve.engine")
-    guard_settings: GuardSettings = conf.load("serve.guard")
+    guard_settings: ServeGuard = conf.load("serve.guard")
     system: str | None = conf.load("serve.system")
     limit: int = conf.load("serve.max_prompt_tokens")
     try:
@@ -134,36 +127,19 @@ def main() -> None:
         raise ConfigError(f"redteam.on_task is no regular expression: {error}: {settings.on_task}", "mend the pattern") from error
     if not EXPORTED.is_dir():
         raise DataError(f"{EXPORTED} is missing", "run `dvc repro export`, or `dvc pull`")
-    attacks, benign = read_texts(settings.attacks, "redteam.attacks"), read_texts(settings.benign, "redteam.benign")
-    learn_attacks, left = split(attacks, settings.holdout)
-    learn_benign, benign_left = split(benign)
-    hostile, harmless = measuring(left, "redteam.attacks"), measuring(benign_left, "redteam.benign")
-    rules = Guard(None, guard_settings)
-    customers = [text for text in sorted({r.text for r in read_records(TRAIN)}, key=digest)[:ORDINARY] if rules.check(text).allowed]
+    hostile, harmless = unseen(settings.attacks, "redteam.attacks"), unseen(settings.benign, "redteam.benign")
+    guard = Guard(GUARD, guard_settings)
+    prompts = [(name, family, text) for name, texts in sorted(hostile.items()) for text, family in list(texts.items())[: settings.per_source]]
+    rows = attack(open_engine(EXPORTED, engine_settings, batches=True), guard, system or "", prompts, settings, limit)
+    ordered = sorted(((name, text) for name, texts in harmless.items() for text in texts), key=lambda pair: digest(pair[1]))
+    alarms = [alarm(name, text, guard) for name, text in ordered[: settings.benign_limit]]
+    blocked = sum(row["outcome"] == "blocked" for row in alarms)
+    by_source = Counter(row["source"] for row in alarms)
+    leaked = sum(row["outcome"] == "leaked" for row in rows)
+    successes = leaked + sum(row["outcome"] == "success" for row in rows)
+    refused = Counter(row["source"] for row in alarms if row["outcome"] == "blocked")
     with publish(OUT) as folder:
         folder.mkdir(parents=True)
-        train(learn_attacks, learn_benign + customers, guard_settings.window, settings.seed, folder / "guard")
-        guard = Guard(folder / "guard", guard_settings)
-        prompts = [(name, attacks[name][text], text) for name, texts in sorted(hostile.items()) for text in texts[: settings.per_source]]
-        rows = attack(open_engine(EXPORTED, engine_settings, batches=True), guard, system or "", prompts, settings, limit)
-        alarms = []
-        for name, text in sorted(((n, t) for n, texts in harmless.items() for t in texts), key=lambda pair: digest(pair[1]))[: settings.benign_limit]:
-            verdict = guard.check(text)
-            alarms.append(
-                {
-                    "source": name,
-                    "family": "benign",
-                    "prompt": text,
-                    "outcome": "passed" if verdict.allowed else "blocked",
-                    "reasons": verdict.reasons,
-                    "score": round(verdict.score, 6),
-                    "answer": "",
-                }
-            )
-        caught = {name: share(sum(not guard.check(text).allowed for text in progress(texts, name, len(texts))), len(texts)) for name, texts in hostile.items()}
-        blocked = sum(row["outcome"] == "blocked" for row in alarms)
-        leaked = sum(row["outcome"] == "leaked" for row in rows)
-        successes = leaked + sum(row["outcome"] == "success" for row in rows)
         write_jsonl(folder / "samples.jsonl", rows + alarms)
         write_json(
             folder / "result.json",
@@ -171,25 +147,17 @@ def main() -> None:
                 "attack_success": successes / len(rows),
                 "attacks": share(successes, len(rows)) | {"outcomes": dict(Counter(row["outcome"] for row in rows))},
                 "false_alarms": blocked / len(alarms),
-                "benign": share(blocked, len(alarms))
-                | {
-                    "sources": {
-                        name: share(sum(r["outcome"] == "blocked" for r in alarms if r["source"] == name), n)
-                        for name, n in sorted(Counter(row["source"] for row in alarms).items())
-                    }
-                },
+                "benign": share(blocked, len(alarms)) | {"sources": {name: share(refused[name], n) for name, n in sorted(by_source.items())}},
                 "canary_leaks": leaked,
                 "sources": summary(rows, "source"),
                 "families": summary(rows, "family"),
                 "guard": {
                     "enabled": guard_settings.enabled,
                     "threshold": guard_settings.threshold,
-                    "holdout": sorted(settings.holdout),
-                    "recall": caught,
-                    "learnt": {"attacks": len(learn_attacks), "benign": len(learn_benign), "customers": len(customers)},
+                    "digest": read_json(GUARD / "result.json")["digest"],
                 },
                 "digest": sha256(EXPORTED),
-                "platform": platform.record("redteam", ("export",), "numpy", *platform.ENGINES[engine_settings.kind]),
+                "platform": platform.record("redteam", ("guard", "export"), "numpy", *platform.ENGINES[engine_settings.kind]),
             },
         )
         log.info("attacks that succeed: %d of %d; false alarms: %d of %d; canary leaks: %d", successes, len(rows), blocked, len(alarms), leaked)

@@ -14,6 +14,7 @@ from pathlib import Path
 from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
 from stages.files import sha256, write_json
+from tests.guards import toy_guard
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,8 @@ def repository(folder: Path) -> Path:
             "base": {"score": 0.0, "stderr": 0.0}, "gain": 0.91}  # fmt: skip
     write_json(folder / "models/evaluate/scores.json", {"tasks": {"support_intent": task}, "digest": digest})
     write_json(folder / "models/redteam/result.json", {"attack_success": 0.05, "false_alarms": 0.01, "canary_leaks": 0, "digest": digest})
+    toy_guard(folder / "models/guard")
+    write_json(folder / "models/guard/result.json", {"recall": 0.95, "false_alarms": 0.005, "families": {}, "benign": {}})
     rule = {"name": "routes", "metric": "evaluate.support_intent", "direction": "at_least", "limit": 0.8, "value": 0.91, "passed": True, "why": ""}
     write_json(folder / "models/gate/verdict.json", {"outcome": "promote", "promote": True, "reasons": [], "rules": [rule], "relative": [], "champion": None,
                                                       "digest": digest})  # fmt: skip

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from openai import OpenAI
 
-EVERYTHING = ["compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package"]
+EVERYTHING = ["compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "guard", "redteam", "gate", "package"]
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:

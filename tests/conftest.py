@@ -26,6 +26,7 @@ defaults:
   - select: toy
   - tune: sft
   - evaluate: toy
+  - guard: toy
   - redteam: toy
   - gate: toy
   - package: toy
@@ -47,7 +48,8 @@ policy:
     "tune/sft.yaml": "steps: 10\n",
     "tune/lora.yaml": "steps: 20\nlora:\n  rank: 4\n",
     "evaluate/toy.yaml": "tasks:\n  intent: {phrasings: [intent], metric: exact_match}\n",
-    "redteam/toy.yaml": "attacks: [bad]\nbenign: [good]\nholdout: []\n",
+    "guard/toy.yaml": "policy: ${collect.policy}\nattacks:\n  bad: {use: test}\nbenign:\n  good: {use: split}\nheads: {attack: [injection]}\n",
+    "redteam/toy.yaml": "attacks: [bad]\nbenign: [good]\n",
     "gate/toy.yaml": "absolute:\n  right: {metric: evaluate.intent, direction: at_least, limit: 0.5}\n",
     "package/toy.yaml": "licence: Apache-2.0\ndescription: A toy.\nintended_use: Tests.\nlimitations: All.\n",
     "experiment/default.yaml": "# @package _global_\ntune:\n  seed: 7\n",

@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from conf.schema import EngineSettings, Guard, Serve, ServeLimits
+from conf.schema import EngineSettings, Serve, ServeGuard, ServeLimits
 from stages.convert import to_ctranslate2
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
@@ -34,7 +34,7 @@ def settings(**more: object) -> Serve:
     """Of the small service."""
     limits = more.pop("limits", ServeLimits())
     given = {"max_tokens": 64, "max_prompt_tokens": 200, "system": "Be brief."} | more
-    return Serve(engine=EngineSettings(threads=2, batch=8), guard=Guard(rules=RULES), limits=limits, **given)  # type: ignore[arg-type]
+    return Serve(engine=EngineSettings(threads=2, batch=8), guard=ServeGuard(rules=RULES), limits=limits, **given)  # type: ignore[arg-type]
 
 
 def model(folder: Path) -> Path:

@@ -96,8 +96,8 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "cross-field": ({"tune/sft.yaml": "steps: 1\nepochs: 1.0\n"}, [r"conf/tune/sft\.yaml: tune: set exactly one of epochs and steps: epochs=1\.0 steps=1"]),
     "cross-stage": (
-        {"redteam/toy.yaml": "attacks: [bad, wrose]\nbenign: [good]\nholdout: []\n"},
-        [r"redteam\.attacks names 'wrose', which is no dataset of collect with use: attack"],
+        {"redteam/toy.yaml": "attacks: [bad, wrose]\nbenign: [good]\n"},
+        [r"redteam\.attacks names 'wrose', which is no dataset of guard\.attacks with use: test or split"],
     ),
     "a gate on nothing": (
         {"gate/toy.yaml": "absolute:\n  r: {metric: evaluate.intnt, direction: at_least, limit: 0.5}\n"},

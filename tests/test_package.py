@@ -184,7 +184,7 @@ def test_the_model_card_survives_odd_text() -> None:
     row = {"use": "train", "licence": "MIT", "classification": "public", "rows": 1, "address": "a|b\nc"}
     card = ModelCard(model_card(
         settings, digest="d", manifest={"one": row}, leaderboard=read_json(models / "select/leaderboard.json"),
-        scores={"tasks": {"t": {"score": None, "stderr": None, "n": 0, "metric": "acc"}}}, redteam={}, verdict={"outcome": "promote"},
+        scores={"tasks": {"t": {"score": None, "stderr": None, "n": 0, "metric": "acc"}}}, redteam={}, guard={}, verdict={"outcome": "promote"},
         export=read_json(models / "export/summary.json"), platforms={},
     ))  # fmt: skip
     assert card.data.license == "other" and card.data.license_name == "LicenseRef-House"

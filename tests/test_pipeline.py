@@ -37,7 +37,7 @@ def names(entries: list[Any]) -> list[str]:
 
 
 def test_one_stage_per_module_in_the_order_of_the_design() -> None:
-    assert STAGES == ["collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package"]
+    assert STAGES == ["collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "guard", "redteam", "gate", "package"]
     for stage in STAGES:
         assert PIPELINE[stage]["cmd"] == f"python -m stages.{stage}"
     assert "${" not in (ROOT / "dvc.yaml").read_text(), "a template is resolved at load, one run stale"

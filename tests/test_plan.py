@@ -115,6 +115,10 @@ def test_what_ran_before_is_restored_and_what_is_gone_is_fetched(toy: Toy) -> No
             "evaluate.tasks.support_intent.phrasings: support_intent_forwarded is no longer asked",
         ),
         (lambda c: c["redteam"]["attacks"].pop(0), "loosens", "is no longer used"),
+        (lambda c: c["guard"]["attacks"].pop("attack-agents"), "loosens", "guard.attacks.attack-agents no longer measures"),
+        (lambda c: c["guard"]["attacks"]["attack-agents"].update(use="split"), "loosens", "guard.attacks.attack-agents.use: test → split"),
+        (lambda c: c["guard"]["benign"]["benign-chat"].update(limit=5), "loosens", "guard.benign.benign-chat.limit: 15000 → 5"),
+        (lambda c: c["guard"]["benign"]["benign_own"].update(counts=False), "loosens", "guard.benign.benign_own.counts: True → False"),
     ],
 )
 def test_what_a_change_does_to_the_gate(change: Callable[[dict], object], effect: str, what: str) -> None:

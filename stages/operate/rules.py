@@ -22,7 +22,7 @@ class RuleChange:
 
 def rule_changes(before: Values, after: Values) -> list[RuleChange]:
     """Every change between two configurations that bears on whether a model is promoted, the loosening ones first."""
-    found = [*_limits(before, after), *_gate(before, after), *_tasks(before, after), *_attacks(before, after)]
+    found = [*_limits(before, after), *_gate(before, after), *_tasks(before, after), *_guard(before, after), *_attacks(before, after)]
     return sorted(found, key=lambda change: (("loosens", "changes", "tightens").index(change.effect), change.what))
 
 
@@ -99,6 +99,31 @@ def _tasks(before: Values, after: Values) -> Iterator[RuleChange]:
         for part in ("metric", "system", "fewshot", "higher_is_better", "chat"):
             if old.get(part) != new.get(part):
                 yield RuleChange(effect="changes", what=f"{key}.{part}: {old.get(part)!r} → {new.get(part)!r}")
+
+
+def _guard(before: Values, after: Values) -> Iterator[RuleChange]:
+    """What the guard is measured on: a source that is dropped, taught, cut or no longer counted."""
+    for kind in ("attacks", "benign"):
+        for name, old, new in _pairs(f"guard.{kind}", before, after):
+            key = f"guard.{kind}.{name}"
+            measured, still = (side.get("use") in ("test", "split") for side in (old, new))
+            if measured and not still:
+                yield RuleChange(effect="loosens", what=f"{key} no longer measures")
+            elif old and new and old["use"] == "test" != new["use"]:
+                yield RuleChange(effect="loosens", what=f"{key}.use: test → {new['use']}: its texts teach the guard")
+            elif still and not measured:
+                yield RuleChange(effect="tightens", what=f"{key} is measured too")
+            if not (measured and still):
+                continue
+            if old["counts"] != new["counts"]:
+                yield RuleChange(effect="tightens" if new["counts"] else "loosens", what=f"{key}.counts: {old['counts']} → {new['counts']}")
+            limits = [math.inf if side["limit"] is None else side["limit"] for side in (old, new)]
+            if limits[0] != limits[1]:
+                yield _moved(f"{key}.limit", limits[0], limits[1], "tightens")
+            if old["labels"] != new["labels"]:
+                yield RuleChange(effect="changes", what=f"{key}.labels: {old['labels']} → {new['labels']}")
+    if (both := (before.get("guard", {}).get("customers"), after.get("guard", {}).get("customers")))[0] and both[1] is False:
+        yield RuleChange(effect="loosens", what="guard.customers: true → false: the product's own messages no longer measure")
 
 
 def _attacks(before: Values, after: Values) -> Iterator[RuleChange]:

@@ -20,7 +20,7 @@ VERDICT = Path("models/gate/verdict.json")
 ATTACKS = Path("models/redteam/result.json")
 ENGINE = Path("models/export/engine")
 BENTO = Path("models/package")
-STAGES = ("compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "redteam", "gate", "package")
+STAGES = ("compose", "collect", "preprocess", "validate", "select", "tune", "export", "evaluate", "guard", "redteam", "gate", "package")
 
 
 class Cost(TypedDict):

@@ -1,6 +1,6 @@
 """A warm parent for the stages of one `trunkline repro`: it imports the heavy libraries once, and forks a child for every stage.
 
-Eleven processes that import torch, transformers and Great Expectations anew spend a third of a warm `tiny` on it. `trunkline repro`
+Twelve processes that import torch, transformers and Great Expectations anew spend a third of a warm `tiny` on it. `trunkline repro`
 starts this process beside DVC. It imports nothing before the first stage asks, so that a `dvc repro` with nothing to do costs nothing,
 and then imports on a core of its own while the first stages work. No module of this repository stays loaded in a child: each reads the
 code as it is. A stage that this process cannot stand for, or that finds none, imports for itself, as under a plain `dvc repro`.

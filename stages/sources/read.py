@@ -14,6 +14,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError, DataError
 from conf.schema import Dataset
+from conf.yaml import parse as parse_yaml
 from conf.yaml import refuse_bomb
 from stages.files import canonical, refuse_constant
 from stages.sources.html import html_rows
@@ -25,6 +26,8 @@ SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
+    ".yaml": "yaml",
+    ".yml": "yaml",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
@@ -121,7 +124,7 @@ def jsonl_rows(file: File) -> Located:
 
 
 def at(file: File, value: object, path: list[str], done: str = "") -> Iterator[object]:
-    """The items under a dotted key; `*` takes every key."""
+    """The items under a dotted key; `*` takes every key, or every item of an array."""
     if not path:
         if not isinstance(value, list):
             keys = f"; it has the keys {listed(value)}" if isinstance(value, dict) else ""
@@ -129,6 +132,10 @@ def at(file: File, value: object, path: list[str], done: str = "") -> Iterator[o
         yield from value
         return
     head, *rest = path
+    if head == "*" and isinstance(value, list):
+        for number, item in enumerate(value, 1):
+            yield from at(file, item, rest, f"{done}.{number}".lstrip("."))
+        return
     if not isinstance(value, dict) or (head != "*" and head not in value):
         keys = f"it has the keys {listed(value)}" if isinstance(value, dict) else f"it is a {type(value).__name__}"
         raise DataError(f"{file.name}: nothing at rows_at={file.dataset.rows_at}", f"{done or 'at the top'} {keys}")
@@ -138,7 +145,22 @@ def at(file: File, value: object, path: list[str], done: str = "") -> Iterator[o
 
 def json_rows(file: File) -> Located:
     """An array of objects or texts, or the one under `rows_at`."""
-    value = parse(file, file.text(file.max_bytes), 1)
+    yield from array_rows(file, parse(file, file.text(file.max_bytes), 1))
+
+
+def yaml_rows(file: File) -> Located:
+    """Like JSON; an object without `rows_at` is one row."""
+    import yaml
+
+    try:
+        value = parse_yaml(file.text(file.max_bytes), yaml.CSafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too deep, or a date or number that Python has not
+        raise DataError(f"{file.name}: no YAML: {error}", "mend it, or check `format`") from error
+    yield from array_rows(file, [value] if isinstance(value, dict) and not file.dataset.rows_at else value)
+
+
+def array_rows(file: File, value: object) -> Located:
+    """The items of a value, or of what is under `rows_at` in it."""
     path = file.dataset.rows_at.split(".") if file.dataset.rows_at else []
     for number, item in enumerate(at(file, value, path), 1):
         where = f"{file.name}: item {number}"
@@ -241,6 +263,7 @@ def page_rows(file: File) -> Located:
 READERS: dict[str, Callable[[File], Located]] = {
     "jsonl": jsonl_rows,
     "json": json_rows,
+    "yaml": yaml_rows,
     "csv": csv_rows,
     "parquet": parquet_rows,
     "lines": lines_rows,

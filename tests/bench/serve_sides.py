@@ -132,7 +132,7 @@ def main() -> None:
     from stages.serve.store import Store, address
 
     settings: Serve = conf.load("serve")
-    folder = Path("models/redteam/guard")
+    folder = Path("models/guard")
     assistant = Assistant(
         name="ours", digest=sha256(ENGINE), engine=open_engine(ENGINE, settings.engine, batches=True), guard=Guard(folder if folder.is_dir() else None, settings.guard),
         settings=settings,

@@ -1,9 +1,9 @@
 """The candidate judged by the base: its rules, its evaluation data and its code, against the model that production serves.
 
-A second work tree of the base is laid out, with the candidate's model in it and a params.yaml that takes `evaluate`, `redteam` and
-`gate` from the base and everything else from the candidate. Where what evaluate or redteam reads beside the model is the same on both
-sides, code included, the candidate's own results are what the base would measure, and are taken; else the stage runs there again. The gate runs
-there always. (A redteam that runs again trains the guard's classifier as the base declares it.)
+A second work tree of the base is laid out, with the candidate's model and guard in it and a params.yaml that takes `evaluate`, `guard`, `redteam`
+and `gate` from the base and everything else from the candidate. Where what a measuring stage reads beside the model is the same on both
+sides, code included, the candidate's own results are what the base would measure, and are taken; else the stage runs there again. Of guard, only
+the measuring runs again: the candidate's classifier is read on the base's texts, and redteam then runs again on those. The gate runs there always.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from stages.run import WORK
 
 DATA = ("data/collect", "data/preprocess")
 MODEL = ("models/export", "models/select", "models/tune")
+GUARD = ("models/guard/guard.json", "models/guard/weights.safetensors")
+"""The candidate's classifier, whoever measures it."""
 SCORES, SAMPLES, ATTACKS, VERDICT = "models/evaluate/scores.json", "models/evaluate/samples", "models/redteam/result.json", "models/gate/verdict.json"
-MADE = ("select", "tune", "export", "evaluate", "redteam")
+MADE = ("select", "tune", "export", "evaluate", "guard", "redteam")
 """Stages whose outputs it takes to judge a model."""
-JUDGES = {"evaluate": "models/evaluate", "redteam": "models/redteam"}
+JUDGES = {"evaluate": "models/evaluate", "guard": "models/guard", "redteam": "models/redteam"}
 """Stage that measures -> where it writes."""
+RUNS = {"guard": "guard_measuring"}
+"""Stage -> the module that measures without making anything, where it is not the stage's own."""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +72,7 @@ def moved(stage: str, base: Snapshot, tree: Snapshot, changed: Sequence[str] = (
 
 def rules(base: Snapshot, tree: Snapshot, champion: str | None) -> dict[str, Any]:
     """The params.yaml by which the candidate is judged; without relative rules there is nothing to compare a champion by."""
-    judging = {key: base.params[key] for key in ("evaluate", "redteam", "gate") if key in base.params}
+    judging = {key: base.params[key] for key in ("evaluate", "guard", "redteam", "gate") if key in base.params}
     gate = judging.get("gate", {})
     return {**tree.params, **judging, "gate": {**gate, "champion": champion if gate.get("relative") else None}}
 
@@ -87,7 +91,10 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
     here = Path.cwd()
     bring(here, [path for stage in MADE for path in tree.outputs(stage) if not Path(path).exists()])
     changed = changed_files(base)
-    why = {stage: found for stage in JUDGES if (found := moved(stage, base, tree, changed))}
+    known = declared(base.text("dvc.yaml"))
+    why = {stage: found for stage in JUDGES if stage in known and (found := moved(stage, base, tree, changed))}
+    if "guard" in why:
+        why.setdefault("redteam", ["the guard's texts"])
     with spare_tree(str(base.revision)) as spare:
         share_cache(here, spare)
         (spare / "params.yaml").write_text(dump(rules(base, tree, champion)), encoding="utf-8")
@@ -95,10 +102,14 @@ def judge(base: Snapshot, tree: Snapshot, champion: str | None) -> Judgement:
             shutil.rmtree(spare / path, ignore_errors=True)
             (spare / path).parent.mkdir(parents=True, exist_ok=True)
             (spare / path).symlink_to(here / path)
+        for path in GUARD if "guard" in why else ():
+            (spare / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(here / path, spare / path)
         if why:
             bring(spare, DATA)
-        for stage in why:
-            call(stage, here, spare)
+        for stage in JUDGES:
+            if stage in why:
+                call(RUNS.get(stage, stage), here, spare)
         (spare / VERDICT).unlink(missing_ok=True)
         call("gate", here, spare, may_hold=True)
         scores = read_json(spare / SCORES)["tasks"]

@@ -142,5 +142,6 @@ class Snapshot:
         """What answers: engine, guard's classifier, and the service's code and settings. Equal: the same answers."""
         read = {path: md5 for stage in ("evaluate", "redteam", "package") for path, md5 in self.inputs(stage).items()}
         code = {path: md5 for path, md5 in read.items() if path.startswith("stages/serve/") or path == "stages/package.py"}
-        guard, command = self.outputs("redteam").get("models/redteam/guard"), self.lock.get("package", {}).get("cmd")
+        guard = {path: md5 for path, md5 in self.outputs("guard").items() if path.endswith(("guard.json", "weights.safetensors"))}
+        command = self.lock.get("package", {}).get("cmd")
         return {"engine": self.measured, "guard": guard, "serve": self.params.get("serve"), "code": code, "command": command}

@@ -74,7 +74,7 @@ def _smaller(base: Snapshot, scores: dict[str, Any], attacks: dict[str, Any]) ->
 def _edited(base: Snapshot, tree: Snapshot) -> Iterator[Flag]:
     pipelines = base.text("dvc.yaml"), tree.text("dvc.yaml")
     judging = set().union(*(code(text, "gate") for text in pipelines))
-    measuring = set().union(*(code(text, "evaluate", "redteam") for text in pipelines)) - judging
+    measuring = set().union(*(code(text, "evaluate", "guard", "redteam") for text in pipelines)) - judging
     for path in changed_files(base):
         if path in judging:
             yield Flag(what=f"{path} is the gate's code", holds=True)
@@ -82,6 +82,6 @@ def _edited(base: Snapshot, tree: Snapshot) -> Iterator[Flag]:
             yield Flag(what=f"{path} reviews, or runs the review", holds=True)
         elif path in measuring or any(path.startswith(f"{folder}/") for folder in measuring):
             yield Flag(what=f"{path} measures: the base's own is used", holds=False)
-    for stage in ("evaluate", "redteam", "gate", "package"):
+    for stage in ("evaluate", "guard", "redteam", "gate", "package"):
         if declared(pipelines[0]).get(stage) != declared(pipelines[1]).get(stage):
             yield Flag(what=f"dvc.yaml declares {stage} otherwise", holds=stage == "gate")

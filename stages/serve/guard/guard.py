@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.errors import ConfigError
-from conf.schema import Guard as Settings
+from conf.schema import ServeGuard as Settings
 from stages.serve.guard.classifier import Classifier
-from stages.serve.guard.normalise import normalise
+from stages.serve.guard.normalise import views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Guard:
         """Whether a message may reach the model, and why not."""
         if not self.settings.enabled:
             return Verdict(allowed=True)
-        normal = normalise(text)
-        reasons = [name for name, rule in self.rules.items() if rule.search(normal)]
+        read = views(text)
+        reasons = [name for name, rule in self.rules.items() if any(rule.search(view) for view in read)]
         score = self.classifier.score(text) if self.classifier else 0.0
         if self.classifier and score >= self.settings.threshold:
             reasons.append("classifier")
