@@ -16,18 +16,21 @@ from conf.schema import PiiKind
 
 EMAIL = re.compile(r"(?<![\w.%+'-])[\w.%+'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
 URL = re.compile(r"(?<!\w)(?:[a-z][a-z0-9+]{1,15}://|www\.)[^\s<>\"']*[^\s<>\"'.,;:!?)\]]", re.IGNORECASE)
-IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}")
-CARD = re.compile(r"(?<![0-9])(?<![0-9][ -])[2-6](?:[ -]?[0-9]){12,18}(?![0-9])")
+IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?:[ \u00a0-]?[A-Za-z0-9]){11,30}")
+CARD = re.compile(r"(?<![A-Za-z0-9])(?<![0-9][ .\u00a0-])[2-6](?:[ .\u00a0-]?[0-9]){12,18}(?![0-9])")
 IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{1,37}(?:(?:\.[0-9]{1,3}){3})?(?![\w:])")
 BITCOIN = re.compile(r"(?<!\w)(?:[13][1-9A-HJ-NP-Za-km-z]{25,34}|bc1[02-9ac-hj-np-z]{11,71})(?!\w)")
 TAPROOT = re.compile(r"bc1p[02-9ac-hj-np-z]{58}")
+DECIMAL, PREFIX = re.compile(r"\d{1,2}\.\d+"), re.compile(r"[A-Z0-9]-")
+BLANK = r"[ \u00a0./-]"
+"""Between groups of digits."""
 PHONE = re.compile(r"\d(?:[^\w\n]{0,4}\d){6}")
 
 
 def grouped(digits: int, first: str = "[0-9]", last: str = "[0-9]") -> str:
     """Pattern of a number written in groups: so many digits with a blank, dot, slash or hyphen between them or not."""
-    return rf"{first}(?:[ ./-]?[0-9]){{{digits - 2}}}[ ./-]?{last}"
+    return rf"{first}(?:{BLANK}?[0-9]){{{digits - 2}}}{BLANK}?{last}"
 
 
 NATIONAL: dict[str, tuple[tuple[str, str], ...]] = {
@@ -73,8 +76,8 @@ def checker(module: str) -> Callable[[str], bool]:
 def checked(pattern: re.Pattern[str] | str, module: str, text: str) -> Iterator[tuple[int, int]]:
     """Where the pattern stands alone and stdnum says that the number is right."""
     if isinstance(pattern, str):
-        pattern = re.compile(rf"(?<![\w+])(?<![0-9][ ./-]){pattern}(?!\w)")
-    yield from (match.span() for match in pattern.finditer(text) if checker(module)(re.sub("[ ./]", "", match[0])))
+        pattern = re.compile(rf"(?<![\w+])(?<![0-9]{BLANK}){pattern}(?!\w)")
+    yield from (match.span() for match in pattern.finditer(text) if checker(module)(re.sub("[ \u00a0./]", "", match[0])))
 
 
 def emails(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
@@ -86,12 +89,14 @@ def emails(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
 def urls(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Addresses with a scheme, or starting with `www.`."""
     if has_url(text):
-        yield from (match.span() for match in URL.finditer(text))
+        for match in URL.finditer(text):
+            closes = text[match.end() : match.end() + 1] == ")" and match[0].count("(") > match[0].count(")")
+            yield match.start(), match.end() + closes
 
 
 def ibans(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Numbers with the form of their country and the right check digits (mod 97); words that follow are left alone."""
-    return longest(IBAN, text, lambda number, _: number[-1] not in " -" and checker("iban")(number))
+    return longest(IBAN, text, lambda number, _: number[-1].isalnum() and checker("iban")(number.replace("\u00a0", "")))
 
 
 def cards(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
@@ -101,8 +106,8 @@ def cards(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """
 
     def right(number: str, rest: str) -> bool:
-        digits = re.sub("[ -]", "", number)
-        return number[-1] not in " -" and (not rest or (len(digits) in (15, 16) and not rest[0].isdigit())) and checker("luhn")(digits)
+        digits = re.sub("[ .\u00a0-]", "", number)
+        return number[-1].isdigit() and (not rest or (len(digits) in (15, 16) and not rest[0].isdigit())) and checker("luhn")(digits)
 
     if ascii_digits(text) >= 13:
         yield from longest(CARD, text, right)
@@ -124,8 +129,8 @@ def longest(pattern: re.Pattern[str], text: str, right: Callable[[str, str], boo
 
 
 def addresses(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
-    """IPv4 and IPv6 addresses, but not the bare `::`."""
-    for pattern, mark, least in ((IPV4, ".", 3), (IPV6, ":", 2)):
+    """IPv6 and IPv4 addresses with a digit in them: not the bare `::`, and not `C::D`."""
+    for pattern, mark, least in ((IPV6, ":", 2), (IPV4, ".", 3)):
         for match in pattern.finditer(text) if text.count(mark) >= least else ():
             start, end = match.span()
             if pattern is IPV6 and match[0].endswith(":") and not match[0].endswith("::"):
@@ -134,7 +139,7 @@ def addresses(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
                 ipaddress.ip_address(text[start:end])
             except ValueError:
                 continue
-            if text[start:end] != "::":
+            if ascii_digits(text[start:end]):
                 yield start, end
 
 
@@ -151,14 +156,17 @@ def national_ids(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int
 
 
 def phones(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
-    """Numbers of seven digits and more that exist in a numbering plan: with a leading + anywhere, in national form in the given regions."""
+    """Numbers of seven digits and more that exist in a numbering plan: with a leading + anywhere, in national form in the given regions.
+
+    Neither a decimal fraction nor what a code begins (`ORD-2026-950468`) is one.
+    """
     if not PHONE.search(text):
         return
     from phonenumbers import Leniency, PhoneNumberMatcher
 
     for region in (*regions, None) if "+" in text or "\uff0b" in text else regions:
         for match in PhoneNumberMatcher(text, region, Leniency.VALID, max_tries=1_000_000):
-            if PHONE.search(match.raw_string):
+            if PHONE.search(match.raw_string) and not DECIMAL.fullmatch(match.raw_string) and not PREFIX.fullmatch(text, max(match.start - 2, 0), match.start):
                 yield match.start, match.end
 
 
@@ -169,8 +177,8 @@ FINDERS: dict[PiiKind, Callable[[str, tuple[str, ...]], Iterator[tuple[int, int]
     "crypto": wallets,
     "card": cards,
     "ip": addresses,
-    "uk_nhs": lambda text, regions: checked(grouped(10), "gb.nhs", text),
-    "us_ssn": lambda text, regions: checked(r"[0-9]{3}-[0-9]{2}-[0-9]{4}", "us.ssn", text),
+    "uk_nhs": lambda text, regions: checked(rf"[0-9]{{3}}{BLANK}?[0-9]{{3}}{BLANK}?[0-9]{{4}}", "gb.nhs", text),
+    "us_ssn": lambda text, regions: checked(r"[0-9]{3}([- ])[0-9]{2}\1[0-9]{4}", "us.ssn", text),
     "national_id": national_ids,
     "phone": phones,
 }
