@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import orjson
@@ -20,6 +21,9 @@ from stages.serve.replies import ChatForm, Piece, TextForm
 from stages.serve.scheduler import Full, Job, Scheduler
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
+
+if TYPE_CHECKING:
+    from stages.serve.upstream_line import Line
 
 LOOK = 0.25
 """Seconds between two looks whether a client that waits for a whole answer is still there."""
@@ -34,7 +38,7 @@ class Answers:
     """The answers of one request."""
 
     assistant: Assistant
-    scheduler: Scheduler
+    scheduler: Scheduler | Line
     request: ChatRequest | CompletionRequest
     jobs: list[Job] = field(default_factory=list)
     verdict: dict[str, object] = field(default_factory=dict)
@@ -89,8 +93,11 @@ class Answers:
             if self.request.stream:
                 tell(text, len(job.logprobs))
 
-        job = self.assistant.job(self.request, prompt, sample, on_text, lambda: tell(""))
+        job = self._new(prompt, sample, on_text, lambda: tell(""))
         return job
+
+    def _new(self, prompt: list[int], sample: int, on_text: Callable[[str], None], on_end: Callable[[], None]) -> Job:
+        return self.assistant.job(self.request, prompt, sample, on_text, on_end)
 
     def cancel(self) -> None:
         """Nobody waits any more."""
@@ -131,7 +138,7 @@ class Answers:
         if self.guarded:
             return self.form.whole([self._refusal(i) for i in range(self.count)], self.usage())
         return self.form.whole(
-            [Piece(index=i, text=j.text.text, finish_reason=_reason(j), logprobs=self._told(j)) for i, j in enumerate(self.jobs)], self.usage()
+            [Piece(index=i, text=j.text.text, finish_reason=how_it_ended(j), logprobs=self._told(j)) for i, j in enumerate(self.jobs)], self.usage()
         )
 
     def _refusal(self, index: int) -> Piece:
@@ -168,7 +175,7 @@ class Answers:
             told = self._told(job)
             upto = len(job.logprobs) if over else logprobs
             fresh, given[index] = (None if told is None else told[given[index] : upto]), upto
-            yield Piece(index=index, text=text, finish_reason=_reason(job) if over else None, logprobs=fresh or None, offset=offsets[index])
+            yield Piece(index=index, text=text, finish_reason=how_it_ended(job) if over else None, logprobs=fresh or None, offset=offsets[index])
             offsets[index] += len(text)
             left -= over
 
@@ -177,14 +184,16 @@ def _event(body: BaseModel) -> bytes:
     return b"data: " + body.model_dump_json(exclude_unset=False).encode() + b"\n\n"
 
 
-def _reason(job: Job) -> FinishReason:
+def how_it_ended(job: Job) -> FinishReason:
     """How an answer ended.
 
     Raises:
         Refused: it did not end well.
     """
+    if job.failure is not None:
+        raise job.failure
     match job.reason:
-        case "stop" | "length":
+        case "stop" | "length" | "content_filter":
             return job.reason
         case "timeout":
             raise Refused(504, "the answer took longer than the service allows", code="timeout")
