@@ -24,6 +24,8 @@ class Odd:
     """Seconds before anything is sent."""
     cut: int | None = None
     """Bytes of the forwarded answer after which the line is cut."""
+    stall: float = 0.0
+    """Seconds after the first piece of the forwarded answer."""
 
 
 class Recorder(ThreadingHTTPServer):
@@ -74,7 +76,7 @@ class _Request(BaseHTTPRequestHandler):
                 self._send(odd.status, {**odd.headers, "content-length": str(len(odd.body)), "content-type": "application/json"})
                 self.wfile.write(odd.body)
             else:
-                self._forward(body, odd.cut)
+                self._forward(body, odd.cut, odd.stall)
         except OSError:
             self.server.broken.set()
 
@@ -84,7 +86,7 @@ class _Request(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _forward(self, body: bytes, cut: int | None) -> None:
+    def _forward(self, body: bytes, cut: int | None, stall: float) -> None:
         sent = {"content-type": "application/json", "authorization": self.headers.get("authorization", "")}
         with httpx.stream("POST", self.server.target + self.path, content=body, headers=sent, timeout=60) as answer:
             kept = ("content-type", "retry-after", "content-length")
@@ -93,6 +95,7 @@ class _Request(BaseHTTPRequestHandler):
             for piece in answer.iter_raw():
                 self.wfile.write(piece if cut is None else piece[:cut])
                 self.wfile.flush()
+                time.sleep(stall)
                 cut = None if cut is None else cut - len(piece)
                 if cut is not None and cut <= 0:
                     self.connection.shutdown(2)

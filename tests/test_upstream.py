@@ -138,6 +138,25 @@ def test_completions_and_parameters_are_passed_on(client: openai.OpenAI, recorde
     assert [streamed[i] for i in (0, 1)] == [c.text for c in direct.completions.create(model=NAME, prompt="where is", **more).choices]
 
 
+def test_a_number_that_is_personal_data_does_not_leave(client: openai.OpenAI, recorder: Recorder) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 4111111111111111}}}
+    with pytest.raises(openai.BadRequestError, match="personal data as a number"):
+        client.chat.completions.create(**ASK, response_format=wanted)
+    assert recorder.bodies == []
+
+
+def test_fewer_answers_than_asked_for_are_a_502(client: openai.OpenAI, recorder: Recorder) -> None:
+    one = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "only one"}}
+    for body in (one | {"choices": [choice]}, one | {"choices": []}, one, {"choices": [choice, choice | {"index": 7}]}, [], "x", None, {},
+                 {"choices": [choice, choice | {"index": 1, "message": {"content": ["a"]}}]}, {"choices": [choice, choice | {"index": 1, "message": None}]},
+                 {"choices": [choice, choice | {"index": "1"}]}, {"choices": 5, "usage": 3}):  # fmt: skip
+        recorder.then(Odd(status=200, body=json.dumps(body).encode()))
+        with pytest.raises(openai.InternalServerError, match="the upstream failed") as caught:
+            client.chat.completions.create(**ASK, n=2)
+        assert caught.value.status_code == 502, body
+
+
 def test_what_the_upstream_refuses_is_its_400(client: openai.OpenAI, recorder: Recorder) -> None:
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="JSON schema") as caught:
@@ -216,6 +235,9 @@ def test_a_slow_upstream_is_a_504(recorder: Recorder, client: openai.OpenAI) -> 
     with pytest.raises(openai.InternalServerError, match=r"said nothing for 1\.5 seconds") as caught:
         client.chat.completions.create(**ASK)
     assert (caught.value.status_code, caught.value.code) == (504, "upstream_timeout")
+    recorder.then(Odd(stall=2.0))
+    with pytest.raises(openai.APIError, match=r"said nothing for 1\.5 seconds"):
+        list(client.chat.completions.create(**ASK, stream=True))
 
 
 def test_an_answer_that_takes_too_long_is_a_504(recorder: Recorder, tmp_path: Path) -> None:
@@ -292,13 +314,15 @@ def test_no_secret_and_no_personal_data_in_events_or_logs(service: Served, recor
     for _ in range(100):
         with sqlite3.connect(service.events.removeprefix("sqlite:///")) as database:
             rows = database.execute("select * from events").fetchall()
+            verdict = database.execute("select verdict from events where id = ?", [answer.id]).fetchall()
             found = database.execute("select status, finish_reason, prompt_tokens, completion_tokens, first from events where id = ?", [answer.id]).fetchall()
             failed = database.execute("select count(*) from events where status = 502").fetchone()
         if found and failed[0]:
             break
         time.sleep(0.05)
     assert found[0][:4] == (200, "stop", answer.usage.prompt_tokens, answer.usage.completion_tokens) and found[0][4] > 0
-    ours = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith(("stages", "openai", "trunkline")))
+    assert json.loads(verdict[0][0])["masked"] == {"email": 1, "phone": 1, "card": 1} and json.loads(verdict[0][0])["classification"] == "public"
+    ours = "\n".join(record.getMessage() for record in caplog.records)
     for text in (str(rows), ours):
         assert KEY not in text
     assert "jo.bloggs" not in str(rows)

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from conf.yaml import dump, read
 from stages import evaluate, export, redteam
 from stages.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from stages.serve.__main__ import command
-from tests.bento import package, repository
+from tests.bento import ROOT, package, packaged, repository
 from tests.recorder import Recorder
 from tests.served import NAME, model, process
 from tests.test_evaluate import write_task
@@ -109,6 +110,13 @@ def test_a_task_that_needs_likelihoods_is_a_configuration_error(desk: tuple[Path
         assert "generate_until" in caught.value.remedy
     finally:
         Path("params.yaml").write_text(kept)
+
+
+def test_serving_without_the_key_is_said_before_the_server_starts(desk: tuple[Path, Recorder]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "UPSTREAM_KEY"} | {"PYTHONPATH": str(ROOT)}
+    shutil.copytree(packaged() / "models/package", "models/package", dirs_exist_ok=True)
+    done = subprocess.run([sys.executable, "-m", "stages.serve"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2 and "the environment has no UPSTREAM_KEY" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_bento_asks_the_upstream(desk: tuple[Path, Recorder], tmp_path: Path) -> None:

@@ -3,17 +3,14 @@
 The client repeats what failed, with backoff and as Retry-After says, reads server-sent events and knows every error by its class; with httpx all
 of that would be code of this repository. What leaves has its personal data masked, and what comes has it put back (`stages.serve.upstream_masks`).
 
-The engine's folder holds `upstream.json`, which export wrote: the settings of `serve.upstream`. Nobody here knows the tokens of the model. So a
-prompt is a list of four characters each, which is what a token is worth in English; limits count in it, and so does a usage that the
-upstream does not tell.
+The engine's folder holds `upstream.json`, which export wrote: the settings of `serve.upstream`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +24,7 @@ from stages.serve.chat import Chat
 from stages.serve.engine import UPSTREAM, Completion, Sampling, Score
 from stages.serve.refusals import Refused
 from stages.serve.text import cut
+from stages.serve.upstream_letters import Letters
 from stages.serve.upstream_masks import Masks, Shown
 
 if TYPE_CHECKING:
@@ -34,36 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Client = AsyncOpenAI
-FOUR, BITS = 4, 21
-MARK = "\0"
-"""Before the JSON of a conversation: no prompt of a user holds one."""
 NO_TOKENS = "serve.engine.kind=upstream: a third party's model answers, and tells no {}"
 REMEDY = "choose tasks with `output_type: generate_until`, or an engine that has the weights"
-
-
-class Letters(Chat):
-    """In the place of a tokenizer and a chat template: four characters are a token, and a conversation is its JSON."""
-
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: for messages."""
-        self.folder, self.vocab_size, self.eos_ids = folder, 1 << FOUR * BITS, set()
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Four characters each."""
-        return [sum(ord(c) + 1 << BITS * i for i, c in enumerate(text[at : at + FOUR])) for at in range(0, len(text), FOUR)]
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text again."""
-        codes = (token >> BITS * i & (1 << BITS) - 1 for token in ids for i in range(FOUR))
-        return "".join(chr(code - 1) for code in codes if code)
-
-    def render(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the upstream gets it."""
-        return MARK + json.dumps([dict(message) for message in messages], ensure_ascii=False)
-
-    def defuse(self, text: str) -> str:
-        """The text as it is: what the upstream's control tokens are, it knows itself."""
-        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,29 +63,25 @@ class UpstreamEngine:
             self.upstream = TypeAdapter(Upstream).validate_json((folder / UPSTREAM).read_bytes())
         except (OSError, ValidationError) as error:
             raise ModelError(f"{folder / UPSTREAM} names no upstream: {error}", "run `dvc repro export`, or `dvc pull`") from error
-        self._key = os.environ.get(self.upstream.key_env, "") if self.upstream.key_env else "none"
-        if not self._key:
-            raise ConfigError(f"serve.upstream.key_env: the environment has no {self.upstream.key_env}", "set it to the upstream's API key")
+        self._key = read_key(self.upstream, os.environ)
 
     def client(self) -> AsyncOpenAI:
         """A client for one event loop."""
         own: Any = {name: Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}  # the client would take them from the environment
         return AsyncOpenAI(api_key=self._key, base_url=self.upstream.url, timeout=self.upstream.timeout, max_retries=self.upstream.retries, default_headers=own)
 
-    def prompted(self, prompt: Sequence[int]) -> dict[str, JsonValue]:
-        """A prompt as a part of the body: `messages` or `prompt`."""
-        text = self.chat.decode(prompt)
-        return {"messages": json.loads(text[len(MARK) :])} if text.startswith(MARK) else {"prompt": text}
-
     def masks(self, body: JsonValue, quoted: bool = False) -> Masks:
         """For one request."""
         return Masks(body, self.upstream.mask, self.upstream.phone_regions, quoted=quoted)
 
-    async def ask(self, client: AsyncOpenAI, body: Mapping[str, Any], masks: Masks, tell: Callable[[int, int], None]) -> AsyncIterator[Part]:
+    async def ask(
+        self, client: AsyncOpenAI, body: Mapping[str, Any], masks: Masks, tell: Callable[[int, int], None] = lambda *_: None, count: int = 1
+    ) -> AsyncIterator[Part]:
         """Send a masked body; the parts of all answers as they come, still masked.
 
         Args:
             body: of chat completions if it has `messages`, of completions otherwise; `stream` as wanted.
+            count: answers that it asks for.
             masks: puts personal data back into an error's message.
             tell: gets the tokens of prompts and answers.
 
@@ -123,25 +89,26 @@ class UpstreamEngine:
             Refused: the upstream does not answer, in the status and the words that a client of ours can use.
         """
         chat, streamed = "messages" in body, bool(body.get("stream"))
+        ended = set[int]()
         create: Any = client.chat.completions.create if chat else client.completions.create
         try:
             reply = await create(model=self.upstream.model, **body)
             if not streamed:
                 self._tell(reply, tell)
-                for choice in reply.choices:
-                    yield _part(choice, choice.message if chat else None)
-                return
-            ended = set()
-            async with reply as chunks:
-                async for chunk in chunks:
-                    self._tell(chunk, tell)
-                    for choice in chunk.choices:
-                        ended |= {choice.index} if choice.finish_reason else set()
-                        yield _part(choice, choice.delta if chat else None)
-            if not ended:
-                raise self._broken("it ended its answer before the end")
+                for choice in reply.choices[:count]:
+                    ended.add(choice.index)
+                    yield self._part(choice, choice.message if chat else None, count)
+            else:
+                async with reply as chunks:
+                    async for chunk in chunks:
+                        self._tell(chunk, tell)
+                        for choice in chunk.choices:
+                            ended |= {choice.index} if choice.finish_reason else set()
+                            yield self._part(choice, choice.delta if chat else None, count)
+            if ended != set(range(count)):
+                raise self._broken(f"{len(ended)} of {count} answers have an end")
         except APITimeoutError as error:
-            raise Refused(504, f"the upstream said nothing for {self.upstream.timeout:g} seconds: come again", code="upstream_timeout") from error
+            raise self._silent() from error
         except APIStatusError as error:
             self._refuse(error, masks)
         except APIConnectionError as error:
@@ -153,7 +120,19 @@ class UpstreamEngine:
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise
+            if type(error).__name__ == "ReadTimeout":
+                raise self._silent() from error
             raise self._broken(f"the connection broke: {type(error).__name__}") from error
+
+    def _silent(self) -> Refused:
+        return Refused(504, f"the upstream said nothing for {self.upstream.timeout:g} seconds: come again", code="upstream_timeout")
+
+    def _part(self, choice: Any, said: Any, count: int) -> Part:
+        """From a choice; `said`: its message or delta, null in completions."""
+        text = (choice.text if said is None else said.content or getattr(said, "refusal", None)) or ""
+        if choice.index not in range(count) or not isinstance(text, str):
+            raise self._broken("its answer has not OpenAI's form")
+        return Part(index=choice.index, text=text, finish_reason=choice.finish_reason, logprobs=choice.logprobs)
 
     @staticmethod
     def _tell(reply: Any, tell: Callable[[int, int], None]) -> None:
@@ -205,13 +184,13 @@ class UpstreamEngine:
             raise ModelError(f"{self.upstream.url}: {refused.message}", "see serve.upstream in conf/serve/, and run the stage again") from refused
 
     async def _answer(self, client: AsyncOpenAI, prompt: Sequence[int], sampling: Sampling) -> Completion:
-        body = self.prompted(prompt)
+        body = Letters.body(prompt)
         limit = self.upstream.limit if "messages" in body else "max_tokens"
         body |= {limit: sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop[:4]) or None}
         masks = self.masks(body)
         hidden, shown, text, reason = masks.hide(body), Shown(masks), "", "stop"
         assert isinstance(hidden, dict)
-        async for part in self.ask(client, {name: value for name, value in hidden.items() if value is not None}, masks, lambda *_: None):
+        async for part in self.ask(client, {name: value for name, value in hidden.items() if value is not None}, masks):
             text, reason = text + shown.push(part.text), part.finish_reason or reason
         text, _ = cut(text + shown.finish(), sampling.stop)
         return Completion(tokens=self.chat.encode(text), text=text, finish_reason="length" if reason == "length" else "stop")
@@ -236,7 +215,13 @@ class UpstreamEngine:
         raise ConfigError(NO_TOKENS.format("log-probabilities of a prompt"), REMEDY)
 
 
-def _part(choice: Any, said: Any) -> Part:
-    """From a choice; `said`: its message or delta, null in completions."""
-    text = choice.text if said is None else said.content or getattr(said, "refusal", None)
-    return Part(index=choice.index, text=text or "", finish_reason=choice.finish_reason, logprobs=choice.logprobs)
+def read_key(upstream: Upstream, environment: Mapping[str, str]) -> str:
+    """The API key.
+
+    Raises:
+        ConfigError: one is named, and it is not there.
+    """
+    key = environment.get(upstream.key_env, "") if upstream.key_env else "none"
+    if not key:
+        raise ConfigError(f"serve.upstream.key_env: the environment has no {upstream.key_env}", "set it to the upstream's API key")
+    return key

@@ -7,15 +7,19 @@ log-probabilities that it tells are of the model's own words, placeholders inclu
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from conf.schema import Classification
+from stages.pii import find
 from stages.serve.answers import LOOK, Answers, Gone, how_it_ended
 from stages.serve.refusals import Refused
 from stages.serve.scheduler import Job, Reason
+from stages.serve.upstream_letters import Letters
 from stages.serve.upstream_line import HEADER, Line
 from stages.serve.upstream_masks import Masks, Shown
 from stages.serve.upstream_replies import PassedOn, Said, TextPassedOn, logprobs
@@ -28,6 +32,8 @@ ASIDE = {"model", "user", "metadata", "messages", "prompt", "stream_options", "m
 """Parameters that do not leave, or in another form."""
 AT_NOTHING = {"logit_bias", "store", "tools", "functions", "tool_choice", "parallel_tool_calls", "service_tier", "modalities", "echo", "best_of", "suffix"}
 """Parameters that ask for nothing at the values that are accepted."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -42,6 +48,7 @@ class UpstreamAnswers(Answers):
     _told_usage: Usage | None = None
     _opened: asyncio.Event = field(default_factory=asyncio.Event)
     _masks: Masks = field(init=False)
+    _hidden: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,12 +62,16 @@ class UpstreamAnswers(Answers):
             Refused: it may not leave, cannot be answered, or the upstream refuses it.
             Gone: the client went away.
         """
+        asked: dict[str, object] = {"classification": self.classification}
+        self.verdict = asked
         if self.classification not in (may := self.line.engine.upstream.classifications):
             what = f"the request is classified {self.classification!r}, and only {', '.join(may)} may leave for the upstream model"
             raise Refused(403, f"{what}: use a key with another classification, or the header {HEADER}", code="classification_not_allowed")
         await super().start()
+        self.verdict = self.verdict | asked
         if self.guarded:
             return
+        self.verdict["masked"] = self._masks.counts()
         self._task = asyncio.create_task(self._run())
         self.line.send(self._task, self.jobs)
         while self.request.stream and not self._opened.is_set():
@@ -93,11 +104,15 @@ class UpstreamAnswers(Answers):
 
     def _make(self) -> list[Job]:
         jobs, asked = super()._make(), self._body()
-        prompts = [self.line.engine.prompted(job.prompt) for job in jobs[:: self.request.n or 1]]
+        prompts = [Letters.body(job.prompt) for job in jobs[:: self.request.n or 1]]
         asked |= prompts[0] if len(prompts) == 1 else {"prompt": [prompt["prompt"] for prompt in prompts]}
         formatted = asked.get("response_format")
         self._masks = self.line.engine.masks(asked, quoted=isinstance(formatted, dict) and formatted["type"] != "text")
-        self._hidden: Any = self._masks.hide(asked)
+        self._hidden = {name: self._masks.hide(value) for name, value in asked.items()}
+        upstream, schema = self.line.engine.upstream, json.dumps(self._hidden.get("response_format"))
+        if find(schema, upstream.mask, upstream.phone_regions):
+            what = "response_format holds personal data as a number, which cannot be masked: write it as a string"
+            raise Refused(400, what, "response_format", "invalid_value")
         return jobs
 
     def _body(self) -> dict[str, Any]:
@@ -116,7 +131,7 @@ class UpstreamAnswers(Answers):
             job.started = time.monotonic()
         try:
             async with asyncio.timeout(self.assistant.settings.limits.seconds):
-                async for part in self.line.engine.ask(self.line.client, self._hidden, self._masks, self._count):
+                async for part in self.line.engine.ask(self.line.client, self._hidden, self._masks, self._count, len(self.jobs)):
                     if part.finish_reason is not None:
                         reasons[part.index] = part.finish_reason if part.finish_reason in ("length", "content_filter") else "stop"  # type: ignore[assignment]
                     self._take(part, shown[part.index])
@@ -131,13 +146,16 @@ class UpstreamAnswers(Answers):
             for job in self.jobs:
                 job.failure = refused
             self._end("failed")
+        except Exception as error:  # of ours: the client is told, and the log has the traceback
+            log.exception("an answer of the upstream failed")
+            self._end("failed", str(error))
         finally:
             self._end("cancelled")
             self._opened.set()
 
-    def _end(self, reason: Reason) -> None:
+    def _end(self, reason: Reason, error: str = "") -> None:
         for job in self.jobs:
-            job.end(reason)
+            job.end(reason, error=error)
 
     def _take(self, part: Part, shown: Shown) -> None:
         job, text = self.jobs[part.index], shown.push(part.text)

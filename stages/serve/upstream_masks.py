@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from pydantic import JsonValue
@@ -25,6 +26,7 @@ class Masks:
         self._kinds, self._regions, self._quoted = kinds, regions, quoted
         self._taken = {found for text in _strings(body) for found in PLACEHOLDER.findall(text)}
         self._placeholders: dict[tuple[PiiKind, str], str] = {}
+        self._numbers = Counter[str]()
         self._values: dict[str, str] = {}
 
     def hide(self, body: JsonValue) -> JsonValue:
@@ -39,12 +41,15 @@ class Masks:
 
     def _placeholder(self, kind: PiiKind, value: str) -> str:
         if (kind, value) not in self._placeholders:
-            number = 1
-            while (name := f"<{kind.upper()}_{number}>") in self._taken:
-                number += 1
-            self._taken.add(name)
+            self._numbers[kind] += 1
+            while (name := f"<{kind.upper()}_{self._numbers[kind]}>") in self._taken:
+                self._numbers[kind] += 1
             self._placeholders[kind, value], self._values[name] = name, value
         return self._placeholders[kind, value]
+
+    def counts(self) -> dict[str, int]:
+        """Kind -> how many different pieces of personal data were hidden."""
+        return dict(Counter(kind for kind, _ in self._placeholders))
 
     def show(self, text: str) -> str:
         """The text with the personal data put back."""
