@@ -27,7 +27,7 @@ from stages.serve.engine import Sampling, open_engine
 from stages.serve.guard import Guard as Watch
 from stages.serve.keys import Key, make
 from stages.serve.upstream_line import classify
-from stages.serve.upstream_masks import Masks, Shown
+from stages.serve.upstream_masks import Masks, Unmasked
 from tests.recorder import Odd, Recorder
 from tests.served import DIGEST, NAME, RULES, Served, model, process, serve
 from tests.test_pii import texts
@@ -373,7 +373,7 @@ def test_what_is_hidden_is_shown_again_however_the_answer_is_cut(text: str, data
     hidden = made.hide(text)
     assert isinstance(hidden, str) and find(hidden, Upstream(url="http://x", model="x").mask, ("US", "GB", "DE")) == []
     assert made.show(hidden) == text
-    shown, said, at = Shown(made), "", 0
+    shown, said, at = Unmasked(made), "", 0
     while at < len(hidden):
         size = data.draw(st.integers(1, 5))
         said += shown.push(hidden[at : at + size])

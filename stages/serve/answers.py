@@ -43,6 +43,8 @@ class Answers:
     jobs: list[Job] = field(default_factory=list)
     verdict: dict[str, object] = field(default_factory=dict)
     """The guard's, once it has looked."""
+    leaving: dict[str, object] = field(default_factory=dict)
+    """Of what leaves for an upstream model: its classification, and how much was masked, by kind."""
 
     def __post_init__(self) -> None:
         form = ChatForm if isinstance(self.request, ChatRequest) else TextForm
@@ -138,7 +140,7 @@ class Answers:
         if self.guarded:
             return self.form.whole([self._refusal(i) for i in range(self.count)], self.usage())
         return self.form.whole(
-            [Piece(index=i, text=j.text.text, finish_reason=how_it_ended(j), logprobs=self._told(j)) for i, j in enumerate(self.jobs)], self.usage()
+            [Piece(index=i, text=j.text.text, finish_reason=_reason(j), logprobs=self._told(j)) for i, j in enumerate(self.jobs)], self.usage()
         )
 
     def _refusal(self, index: int) -> Piece:
@@ -175,7 +177,7 @@ class Answers:
             told = self._told(job)
             upto = len(job.logprobs) if over else logprobs
             fresh, given[index] = (None if told is None else told[given[index] : upto]), upto
-            yield Piece(index=index, text=text, finish_reason=how_it_ended(job) if over else None, logprobs=fresh or None, offset=offsets[index])
+            yield Piece(index=index, text=text, finish_reason=_reason(job) if over else None, logprobs=fresh or None, offset=offsets[index])
             offsets[index] += len(text)
             left -= over
 
@@ -184,7 +186,7 @@ def _event(body: BaseModel) -> bytes:
     return b"data: " + body.model_dump_json(exclude_unset=False).encode() + b"\n\n"
 
 
-def how_it_ended(job: Job) -> FinishReason:
+def _reason(job: Job) -> FinishReason:
     """How an answer ended.
 
     Raises:

@@ -25,7 +25,7 @@ from stages.serve.engine import UPSTREAM, Completion, Sampling, Score
 from stages.serve.refusals import Refused
 from stages.serve.text import cut
 from stages.serve.upstream_letters import Letters
-from stages.serve.upstream_masks import Masks, Shown
+from stages.serve.upstream_masks import Masks, Unmasked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,7 +188,7 @@ class UpstreamEngine:
         limit = self.upstream.limit if "messages" in body else "max_tokens"
         body |= {limit: sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p, "stop": list(sampling.stop[:4]) or None}
         masks = self.masks(body)
-        hidden, shown, text, reason = masks.hide(body), Shown(masks), "", "stop"
+        hidden, shown, text, reason = masks.hide(body), Unmasked(masks), "", "stop"
         assert isinstance(hidden, dict)
         async for part in self.ask(client, {name: value for name, value in hidden.items() if value is not None}, masks):
             text, reason = text + shown.push(part.text), part.finish_reason or reason

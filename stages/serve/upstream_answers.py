@@ -14,14 +14,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import anyio.to_thread
+
 from conf.schema import Classification
 from stages.pii import find
-from stages.serve.answers import LOOK, Answers, Gone, how_it_ended
+from stages.serve.answers import LOOK, Answers, Gone
 from stages.serve.refusals import Refused
 from stages.serve.scheduler import Job, Reason
 from stages.serve.upstream_letters import Letters
 from stages.serve.upstream_line import HEADER, Line
-from stages.serve.upstream_masks import Masks, Shown
+from stages.serve.upstream_masks import Masks, Unmasked
 from stages.serve.upstream_replies import PassedOn, Said, TextPassedOn, logprobs
 from stages.serve.wire import ChatRequest, Usage
 
@@ -47,8 +49,6 @@ class UpstreamAnswers(Answers):
     _task: asyncio.Task[None] | None = None
     _told_usage: Usage | None = None
     _opened: asyncio.Event = field(default_factory=asyncio.Event)
-    _masks: Masks = field(init=False)
-    _hidden: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,16 +62,13 @@ class UpstreamAnswers(Answers):
             Refused: it may not leave, cannot be answered, or the upstream refuses it.
             Gone: the client went away.
         """
-        asked: dict[str, object] = {"classification": self.classification}
-        self.verdict = asked
         if self.classification not in (may := self.line.engine.upstream.classifications):
             what = f"the request is classified {self.classification!r}, and only {', '.join(may)} may leave for the upstream model"
             raise Refused(403, f"{what}: use a key with another classification, or the header {HEADER}", code="classification_not_allowed")
         await super().start()
-        self.verdict = self.verdict | asked
+        self.leaving = {"classification": self.classification}
         if self.guarded:
             return
-        self.verdict["masked"] = self._masks.counts()
         self._task = asyncio.create_task(self._run())
         self.line.send(self._task, self.jobs)
         while self.request.stream and not self._opened.is_set():
@@ -81,9 +78,8 @@ class UpstreamAnswers(Answers):
                 if await self.gone():
                     self.cancel()
                     raise Gone from None
-        for job in self.jobs:
-            if self.request.stream and job.reason is not None:
-                how_it_ended(job)
+        if self.request.stream and (failed := next((job.failure for job in self.jobs if job.failure), None)) is not None:
+            raise failed
 
     def cancel(self) -> None:
         """Nobody waits any more: the connection to the upstream is closed."""
@@ -102,18 +98,23 @@ class UpstreamAnswers(Answers):
         deadline, said = time.monotonic() + self.assistant.settings.limits.seconds, Said(self.assistant.engine.chat.encode)
         return Job(prompt=prompt, sampling=self.assistant.sampling(self.request), text=said, on_text=on_text, on_end=on_end, deadline=deadline)
 
-    def _make(self) -> list[Job]:
-        jobs, asked = super()._make(), self._body()
-        prompts = [Letters.body(job.prompt) for job in jobs[:: self.request.n or 1]]
+    def _mask(self) -> tuple[Masks, dict[str, Any]]:
+        """The request as it leaves.
+
+        Raises:
+            Refused: personal data in it cannot be masked.
+        """
+        asked, upstream = self._body(), self.line.engine.upstream
+        prompts = [Letters.body(job.prompt) for job in self.jobs[:: self.request.n or 1]]
         asked |= prompts[0] if len(prompts) == 1 else {"prompt": [prompt["prompt"] for prompt in prompts]}
         formatted = asked.get("response_format")
-        self._masks = self.line.engine.masks(asked, quoted=isinstance(formatted, dict) and formatted["type"] != "text")
-        self._hidden = {name: self._masks.hide(value) for name, value in asked.items()}
-        upstream, schema = self.line.engine.upstream, json.dumps(self._hidden.get("response_format"))
-        if find(schema, upstream.mask, upstream.phone_regions):
+        masks = self.line.engine.masks(asked, quoted=isinstance(formatted, dict) and formatted["type"] != "text")
+        hidden = {name: masks.hide(value) for name, value in asked.items()}
+        if find(json.dumps(hidden.get("response_format")), upstream.mask, upstream.phone_regions):
             what = "response_format holds personal data as a number, which cannot be masked: write it as a string"
             raise Refused(400, what, "response_format", "invalid_value")
-        return jobs
+        self.leaving["masked"] = masks.counts()
+        return masks, hidden
 
     def _body(self) -> dict[str, Any]:
         """The parameters."""
@@ -126,38 +127,40 @@ class UpstreamAnswers(Answers):
     # ------------------------------------------------------------ what comes
 
     async def _run(self) -> None:
-        reasons, shown = dict[int, Reason](), [Shown(self._masks) for _ in self.jobs]
-        for job in self.jobs:
-            job.started = time.monotonic()
+        settings, reasons = self.assistant.settings, dict[int, Reason]()
         try:
-            async with asyncio.timeout(self.assistant.settings.limits.seconds):
-                async for part in self.line.engine.ask(self.line.client, self._hidden, self._masks, self._count, len(self.jobs)):
+            async with asyncio.timeout(settings.limits.seconds):
+                masks, hidden = await anyio.to_thread.run_sync(self._mask)
+                unmasked = [Unmasked(masks) for _ in self.jobs]
+                for job in self.jobs:
+                    job.started = time.monotonic()
+                async for part in self.line.engine.ask(self.line.client, hidden, masks, self._count, len(self.jobs)):
                     if part.finish_reason is not None:
                         reasons[part.index] = part.finish_reason if part.finish_reason in ("length", "content_filter") else "stop"  # type: ignore[assignment]
-                    self._take(part, shown[part.index])
+                    self._take(part, unmasked[part.index])
                     self._opened.set()
             for index, job in enumerate(self.jobs):
-                rest = shown[index].finish()
+                rest = unmasked[index].finish()
                 job.text.add(rest)  # type: ignore[attr-defined]
                 job.end(reasons.get(index, "stop"), rest)
         except TimeoutError:
-            self._end("timeout")
+            self._fail(Refused(504, "the answer took longer than the service allows", code="timeout"), "timeout")
         except Refused as refused:
-            for job in self.jobs:
-                job.failure = refused
-            self._end("failed")
-        except Exception as error:  # of ours: the client is told, and the log has the traceback
+            self._fail(refused)
+        except Exception:  # of ours: the client is told, and the log has the traceback
             log.exception("an answer of the upstream failed")
-            self._end("failed", str(error))
+            self._fail(Refused(500, "the engine failed; the log of the service says why", code="engine_failed"))
         finally:
-            self._end("cancelled")
+            for job in self.jobs:
+                job.end("cancelled")
             self._opened.set()
 
-    def _end(self, reason: Reason, error: str = "") -> None:
+    def _fail(self, failure: Refused, reason: Reason = "failed") -> None:
         for job in self.jobs:
-            job.end(reason, error=error)
+            job.failure = failure
+            job.end(reason)
 
-    def _take(self, part: Part, shown: Shown) -> None:
+    def _take(self, part: Part, shown: Unmasked) -> None:
         job, text = self.jobs[part.index], shown.push(part.text)
         job.first = job.first or time.monotonic()
         job.logprobs += logprobs(part.logprobs)  # type: ignore[arg-type]

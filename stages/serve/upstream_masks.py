@@ -65,7 +65,7 @@ class Masks:
         return len(text) - at if at >= 0 and any(name.startswith(text[at:]) for name in self._values if name != text[at:]) else 0
 
 
-class Shown:
+class Unmasked:
     """One answer as it comes in pieces."""
 
     def __init__(self, masks: Masks) -> None:
