@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError, ModelError
@@ -326,6 +326,24 @@ def test_no_secret_and_no_personal_data_in_events_or_logs(service: Served, recor
     for text in (str(rows), ours):
         assert KEY not in text
     assert "jo.bloggs" not in str(rows)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_no_request_of_the_document_gives_a_5xx(service: Served, recorder: Recorder, path: str) -> None:
+    import schemathesis
+
+    operation = schemathesis.openapi.from_url(f"{service.url}/openapi.json")[path]["POST"]
+
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy())
+    def answers(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict):
+            case.body = {**case.body, "model": NAME, "max_tokens": 3}
+        reply = case.call(headers=PUBLIC)
+        assert reply.status_code in (200, 400, 408, 413), (case.body, reply.text)
+
+    answers()
+    assert any(recorder.bodies), "some of it left"
 
 
 def test_the_engine_answers_and_does_not_score(recorder: Recorder, tmp_path: Path) -> None:
