@@ -230,6 +230,14 @@ def test_it_tries_again_and_then_says_why(client: openai.OpenAI, recorder: Recor
             assert (failed.value.status_code, failed.value.code) == (502, code) and KEY not in failed.value.message
 
 
+def test_a_redirect_is_not_followed(client: openai.OpenAI, recorder: Recorder) -> None:
+    for stream in (False, True):
+        recorder.then(Odd(status=307, headers={"location": f"{recorder.url}/v1/elsewhere"}))
+        with pytest.raises(openai.InternalServerError, match="sends elsewhere") as caught:
+            client.chat.completions.create(**ASK, stream=stream)
+        assert caught.value.status_code == 502 and len(recorder.bodies) == 1
+
+
 def test_a_slow_upstream_is_a_504(recorder: Recorder, client: openai.OpenAI) -> None:
     recorder.then(*[Odd(delay=2.0)] * 3)
     with pytest.raises(openai.InternalServerError, match=r"said nothing for 1\.5 seconds") as caught:

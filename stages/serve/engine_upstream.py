@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI, Omit
+from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from conf.errors import ConfigError, ModelError
@@ -68,7 +68,9 @@ class UpstreamEngine:
     def client(self) -> AsyncOpenAI:
         """A client for one event loop."""
         own: Any = {name: Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}  # the client would take them from the environment
-        return AsyncOpenAI(api_key=self._key, base_url=self.upstream.url, timeout=self.upstream.timeout, max_retries=self.upstream.retries, default_headers=own)
+        http = DefaultAsyncHttpxClient(follow_redirects=False)  # what may leave for one address may not for another
+        asked = self.upstream
+        return AsyncOpenAI(api_key=self._key, base_url=asked.url, timeout=asked.timeout, max_retries=asked.retries, default_headers=own, http_client=http)
 
     def masks(self, body: JsonValue, quoted: bool = False) -> Masks:
         """For one request."""
@@ -157,6 +159,8 @@ class UpstreamEngine:
                 raise Refused(502, f"the upstream has no model {self.upstream.model!r}, or serve.upstream.url is wrong", code="upstream_not_found") from error
             case 408 | 504:
                 raise Refused(504, "the upstream took too long: come again", code="upstream_timeout") from error
+            case status if status < 400:
+                raise self._broken(f"it sends elsewhere ({status}), and nothing is sent there: mend serve.upstream.url") from error
             case status if status < 500:
                 raise Refused(400, f"the upstream refuses it: {message}", param if isinstance(param, str) else None, str(code or "invalid_value")) from error
         raise self._broken(f"{error.status_code}: {message}") from error
