@@ -271,6 +271,8 @@ PiiKind = Literal["email", "phone", "iban", "card", "ip", "crypto", "us_ssn", "u
 
 RowField = Literal["text", "completion", "label", "group"]
 PERSONAL: tuple[PiiKind, ...] = ("email", "phone", "iban", "card", "ip")
+IDENTITY: tuple[PiiKind, ...] = ("crypto", "us_ssn", "uk_nhs", "national_id")
+PUBLIC: tuple[Classification, ...] = ("public",)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -633,14 +635,40 @@ class Tune:
 class EngineSettings:
     """What runs the model: the same in evaluate, redteam and production."""
 
-    kind: Literal["ctranslate2", "transformers", "vllm"] = "ctranslate2"
-    """`ctranslate2` on CPU, `vllm` on GPU (in an environment of its own), `transformers` as the reference."""
+    kind: Literal["ctranslate2", "transformers", "vllm", "upstream"] = "ctranslate2"
+    """`ctranslate2` on CPU, `vllm` on GPU (in an environment of its own), `transformers` as the reference, `upstream`: the model of somebody
+    else, which `serve.upstream` names."""
     quantization: Literal["int8", "int8_float32", "int16", "float32", "bfloat16", "float16"] = "int8"
     """Type of the exported weights."""
     threads: Count = 2
     """CPU threads."""
     batch: Count = 32
-    """Sequences at a time."""
+    """Sequences at a time; with `upstream`, requests at a time in evaluate and redteam."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Upstream:
+    """A model behind OpenAI's wire format that somebody else runs, and what it may be told."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+[^\s?#@]*$")]
+    """Address, up to its version (`https://llm.example.com/v1`). No credentials in it."""
+    model: Text
+    """Its name there."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")] | None = None
+    """Name of the environment variable that holds the API key: the key itself never enters the repository. null: none is sent."""
+    classifications: Annotated[list[Classification], Field(min_length=1)] = Field(default_factory=lambda: list(PUBLIC))
+    """What may leave. A request has the classification of its API key, or of its header `x-data-classification`: the stricter counts, and with
+    neither, or an unknown one, it is `restricted`. One that may not leave gets a 403, and nothing is sent. Rows of evaluate and redteam leave too."""
+    mask: list[PiiKind] = Field(default_factory=lambda: list(PERSONAL + IDENTITY))
+    """Personal data of these kinds leaves as `<EMAIL_1>` and so on, and is put back into the answer."""
+    phone_regions: list[Annotated[str, Field(pattern=r"^[A-Z]{2}$")]] = Field(default_factory=lambda: ["US", "GB", "DE"])
+    """Countries whose national forms of telephone and identity numbers are masked."""
+    timeout: Positive = 60.0
+    """Seconds without a byte from it before an attempt counts as failed."""
+    retries: Natural = 2
+    """Further attempts after a 429, a 5xx or a broken connection, with exponential backoff or as its Retry-After says; none once the answer has begun."""
+    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """Under which name it takes the longest answer of a chat."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -721,6 +749,8 @@ class Serve:
     """Queue, sizes and times."""
     events: Events = Field(default_factory=Events)
     """What is written down."""
+    upstream: Upstream | None = None
+    """The model of somebody else; goes with `engine.kind: upstream`."""
     system: str | None = None
     """System prompt put before a conversation that has none; null: the chat template's own default."""
     port: Annotated[int, Field(ge=1, le=65535)] = 3000
@@ -728,9 +758,13 @@ class Serve:
     max_tokens: Count = 128
     """Longest answer, in tokens, and the default."""
     max_prompt_tokens: Count = 1024
-    """Longest conversation, in tokens; a longer one is a 400."""
+    """Longest conversation, in tokens; a longer one is a 400. With `engine.kind: upstream`, whose tokens nobody here knows, four characters are one."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """Default sampling temperature; 0: the most likely token."""
+
+    def __post_init__(self) -> None:
+        if (self.engine.kind == "upstream") != (self.upstream is not None):
+            raise ValueError(f"upstream goes with engine.kind=upstream, and only with it; engine.kind={self.engine.kind}")
 
 
 # ---------------------------------------------------------------- export
@@ -1022,7 +1056,22 @@ class Config:
             for name, rule in self.gate.absolute.items()
             if rule.metric.startswith("evaluate.") and rule.metric.split(".")[1] not in self.evaluate.tasks
         ]
+        if self.serve.upstream is not None:
+            problems += self._leaving(self.serve.upstream)
         if self.serve.engine.kind == "transformers" and self.serve.engine.quantization.startswith("int"):
             problems.append(f"serve.engine.quantization={self.serve.engine.quantization} needs serve.engine.kind=ctranslate2, not transformers")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _leaving(self, upstream: Upstream) -> list[str]:
+        """What is wrong with sending rows to somebody else."""
+        may = ", ".join(upstream.classifications)
+        found = [
+            f"collect.datasets.{name} is {data.origin.classification}, and with serve.engine.kind=upstream its rows would leave in evaluate or redteam "
+            f"(serve.upstream.classifications: {may})"
+            for name, data in sorted(self.collect.datasets.items())
+            if data.use != "corpus" and data.origin.classification not in upstream.classifications
+        ]
+        if self.evaluate.base:
+            found.append("evaluate.base=true measures an untuned base, and with serve.engine.kind=upstream there is none: set it to false")
+        return found

@@ -57,7 +57,9 @@ def model_card(
         "": settings.description,
         "Intended use": settings.intended_use,
         "Limitations": settings.limitations,
-        "Base": f"{base['candidate']}, {base['licence']}, {base['parameters']:,} parameters. {leaderboard['why']}",
+        "Base": f"None of this repository's: {export['upstream']['model']}, as {export['upstream']['url']} runs it. No data below trained it."
+        if export["engine"] == "upstream"
+        else f"{base['candidate']}, {base['licence']}, {base['parameters']:,} parameters. {leaderboard['why']}",
         "Data": _table(
             ("data set", "used for", "licence", "classification", "rows", "source"),
             [(name, e["use"], e["licence"], e["classification"], e["rows"], e["address"]) for name, e in sorted(manifest.items())],
@@ -87,7 +89,9 @@ def model_card(
                 for r in verdict.get("rules", [])
             ],
         ),
-        "Export": f"{export['engine']}, {export['quantization']}, {export['parameters']:,} parameters. Agreement with the merged float32 model: "
+        "Export": "No weights: the model is asked over the network, and whoever runs it may change it. Personal data is masked before it leaves."
+        if export["engine"] == "upstream"
+        else f"{export['engine']}, {export['quantization']}, {export['parameters']:,} parameters. Agreement with the merged float32 model: "
         f"{_number(export['agreement'])} of {export['positions']} positions; largest difference of a log-probability: "
         f"{_number(export['max_logit_difference'])} nats.",
         "Made on": "\n\n".join(

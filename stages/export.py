@@ -4,7 +4,10 @@ Reads:  models/select/base, models/tune/adapter or models/tune/model, data/prepr
 Writes: models/export/engine (what is evaluated, attacked and served: base, adapter and recipe, or the engine itself, by
         `export.store`), models/export/safetensors (merged, in `export.dtype`, for transformers and vLLM; not beside an adapter),
         models/export/summary.json
-Config: export, serve.engine
+Config: export, serve.engine, serve.upstream
+
+With `serve.engine.kind: upstream` there are no weights to export: models/export/engine holds upstream.json, the settings of `serve.upstream`, and
+nothing is compared. What select and tune made is left as it is, for the service to go back to.
 
 The check runs both models over the same validation conversations, reference answer included, and compares the distributions
 at the positions that the product answers from: after the last token of the prompt, and after each token of the answer.
@@ -16,14 +19,14 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import conf
 from conf.errors import DataError, ModelError
-from conf.schema import EngineSettings, Export
+from conf.schema import EngineSettings, Export, Upstream
 from stages import platform
 from stages.convert import find_recipe, store, to_ctranslate2
 from stages.files import publish, remove, sha256, write_json
@@ -31,7 +34,7 @@ from stages.merge import BASE, TUNED, cast, merge, merge_exactly
 from stages.records import Record, read_records
 from stages.run import WORK, progress
 from stages.serve.chat import Chat
-from stages.serve.engine import Engine, open_engine
+from stages.serve.engine import UPSTREAM, Engine, open_engine
 from stages.serve.materialise import not_plain
 
 if TYPE_CHECKING:
@@ -82,6 +85,16 @@ def write_engine(merged: Path, scratch: Path, out: Path, settings: Export, engin
     if engine.kind != "ctranslate2":
         shutil.copytree(out / "safetensors", out / "engine")
     return "engine"
+
+
+def name_upstream(upstream: Upstream, out: Path) -> None:
+    """Write what is evaluated, attacked and served when somebody else runs the model: its address and its name."""
+    write_json(out / "engine" / UPSTREAM, asdict(upstream))
+    nothing = dict.fromkeys(("quantization", "dtype", "parameters", "probes", "positions", "agreement", "max_logit_difference"))
+    summary = {"engine": "upstream", "store": "upstream", "upstream": {"url": upstream.url, "model": upstream.model}, **nothing, "bytes": size(out / "engine"),
+               "digest": sha256(out / "engine"), "platform": platform.record("export", ())}  # fmt: skip
+    write_json(out / "summary.json", summary)
+    log.info("the model is %s at %s", upstream.model, upstream.url)
 
 
 def conversation(chat: Chat, record: Record) -> tuple[list[int], int]:
@@ -152,6 +165,10 @@ def main() -> None:
     engine: EngineSettings = conf.load("serve.engine")
     scratch = WORK / "export"
     remove(scratch)
+    if engine.kind == "upstream":
+        with publish(OUT) as out:
+            name_upstream(conf.load("serve.upstream"), out)
+        return
     try:
         parameters = merge(BASE, TUNED, scratch / "merged")
         with publish(OUT) as out:

@@ -50,7 +50,7 @@ INPUTS = (
 """What the provenance gives the digests of."""
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
-ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
+ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "upstream": ("openai",)}
 """Engine -> the distributions that it imports."""
 IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers",
             "prometheus-client", "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip

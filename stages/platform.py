@@ -44,7 +44,7 @@ SWITCHES = {
     "vllm": (),
 }
 """Distribution that computes -> environment variables that make it choose other kernels."""
-ENGINES = {"ctranslate2": ("ctranslate2", "numpy"), "transformers": ("torch",), "vllm": ("vllm", "torch")}
+ENGINES = {"ctranslate2": ("ctranslate2", "numpy"), "transformers": ("torch",), "vllm": ("vllm", "torch"), "upstream": ()}
 """Engine -> the distributions that compute in it."""
 CACHE = Path(".dvc/cache/files/md5")
 

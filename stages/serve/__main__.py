@@ -33,6 +33,10 @@ def main() -> None:
     settings: Serve = conf.load("serve")
     arguments = command(PACKAGE, settings)
     check_intact([str(PACKAGE)])
+    if settings.upstream is not None:
+        from stages.serve.engine_upstream import read_key
+
+        read_key(settings.upstream, os.environ)
     who = "with a key" if read(os.environ) else f"open to everybody: {VARIABLE} names the keys"
     Console(stderr=True).print(f"serving {PACKAGE} on http://localhost:{settings.port}/v1, {who} (Ctrl-C ends it)", markup=False, highlight=False)
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "1")

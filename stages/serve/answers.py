@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import orjson
@@ -20,6 +21,9 @@ from stages.serve.replies import ChatForm, Piece, TextForm
 from stages.serve.scheduler import Full, Job, Scheduler
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
+
+if TYPE_CHECKING:
+    from stages.serve.upstream_line import Line
 
 LOOK = 0.25
 """Seconds between two looks whether a client that waits for a whole answer is still there."""
@@ -34,11 +38,13 @@ class Answers:
     """The answers of one request."""
 
     assistant: Assistant
-    scheduler: Scheduler
+    scheduler: Scheduler | Line
     request: ChatRequest | CompletionRequest
     jobs: list[Job] = field(default_factory=list)
     verdict: dict[str, object] = field(default_factory=dict)
     """The guard's, once it has looked."""
+    leaving: dict[str, object] = field(default_factory=dict)
+    """Of what leaves for an upstream model: its classification, and how much was masked, by kind."""
 
     def __post_init__(self) -> None:
         form = ChatForm if isinstance(self.request, ChatRequest) else TextForm
@@ -89,8 +95,11 @@ class Answers:
             if self.request.stream:
                 tell(text, len(job.logprobs))
 
-        job = self.assistant.job(self.request, prompt, sample, on_text, lambda: tell(""))
+        job = self._new(prompt, sample, on_text, lambda: tell(""))
         return job
+
+    def _new(self, prompt: list[int], sample: int, on_text: Callable[[str], None], on_end: Callable[[], None]) -> Job:
+        return self.assistant.job(self.request, prompt, sample, on_text, on_end)
 
     def cancel(self) -> None:
         """Nobody waits any more."""
@@ -183,8 +192,10 @@ def _reason(job: Job) -> FinishReason:
     Raises:
         Refused: it did not end well.
     """
+    if job.failure is not None:
+        raise job.failure
     match job.reason:
-        case "stop" | "length":
+        case "stop" | "length" | "content_filter":
             return job.reason
         case "timeout":
             raise Refused(504, "the answer took longer than the service allows", code="timeout")

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
@@ -27,6 +27,8 @@ from stages.serve.keys import Keyring
 from stages.serve.refusals import ErrorReply, Refused, invalid
 from stages.serve.scheduler import Scheduler
 from stages.serve.store import Store
+from stages.serve.upstream_answers import UpstreamAnswers
+from stages.serve.upstream_line import HEADER, Line, classify
 from stages.serve.wire import (
     UNSUPPORTED,
     ChatReply,
@@ -40,14 +42,24 @@ from stages.serve.wire import (
     TextReply,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from stages.serve.engine_upstream import UpstreamEngine
+
 ALWAYS = {
     401: "no right API key",
-    403: "the key lacks the scope",
+    403: "the key lacks the scope, or the request may not leave for an upstream model",
     408: "the body came too slowly",
     413: "the body is too long",
     429: "over a budget, or the queue is full",
 }
-ANSWER = ALWAYS | {400: "a parameter is wrong or not supported", 404: "no such model", 500: "the engine failed", 503: "shutting down", 504: "it took too long"}
+ANSWER = ALWAYS | {
+    400: "a parameter is wrong or not supported",
+    404: "no such model",
+    500: "the engine failed",
+    502: "the upstream model failed",
+    503: "shutting down",
+    504: "it took too long",
+}
 STREAM = {"description": "the answer, or with `stream: true` its pieces", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 log = logging.getLogger(__name__)
@@ -60,13 +72,17 @@ def errors(meanings: dict[int, str]) -> dict[int | str, dict[str, Any]]:
 
 def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: Store) -> None:
     """Put a loaded model behind the routes, and start its slots."""
-    settings = assistant.settings
     app.state.assistant, app.state.keyring, app.state.store = assistant, keyring, store
-    app.state.scheduler = Scheduler(
-        assistant.engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept()
-    )
+    app.state.scheduler = _scheduler(assistant)
     if keyring.open:
         log.warning("the service is open: anybody may ask. TRUNKLINE_API_KEYS names the keys, `python -m stages.serve.keys <name>` makes one")
+
+
+def _scheduler(assistant: Assistant) -> Scheduler | Line:
+    engine, settings = assistant.engine, assistant.settings
+    if settings.engine.kind == "upstream":
+        return Line(cast("UpstreamEngine", engine), settings.limits.waiting)
+    return Scheduler(engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept())
 
 
 def close_service(app: FastAPI) -> None:
@@ -119,11 +135,24 @@ def _named(app: FastAPI, name: str) -> Assistant:
     return assistant
 
 
+def _begin(app: FastAPI, request: Request, asked: ChatRequest | CompletionRequest) -> Answers:
+    assistant, scheduler = _named(app, asked.model), app.state.scheduler
+    if isinstance(scheduler, Line):
+        classification = classify(request.state.note.key, request.headers.get(HEADER))
+        return UpstreamAnswers(
+            assistant=assistant, scheduler=scheduler, request=asked, line=scheduler, classification=classification, gone=request.is_disconnected
+        )
+    return Answers(assistant=assistant, scheduler=scheduler, request=asked)
+
+
 def _answers(app: FastAPI) -> None:
     async def answer(request: Request, asked: ChatRequest | CompletionRequest) -> Response:
-        answers = Answers(assistant=_named(app, asked.model), scheduler=app.state.scheduler, request=asked)
+        answers = _begin(app, request, asked)
         request.state.note.answers = answers
-        await answers.start()
+        try:
+            await answers.start()
+        except Gone:
+            return Response(status_code=499)
         if asked.stream:
             return StreamingResponse(answers.events(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         try:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+UPSTREAM = "upstream.json"
+"""File in an engine's folder that names a model which somebody else runs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to generate."""
@@ -117,4 +121,8 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
             from stages.serve.engine_vllm import VllmEngine
 
             return VllmEngine(folder, settings)
-    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, transformers or vllm")
+        case "upstream":
+            from stages.serve.engine_upstream import UpstreamEngine
+
+            return UpstreamEngine(folder, settings)
+    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, transformers, vllm or upstream")

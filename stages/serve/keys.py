@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -32,6 +32,7 @@ from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationEr
 from pydantic.dataclasses import dataclass
 
 from conf.errors import ConfigError
+from conf.schema import Classification
 from stages.serve.refusals import Refused
 
 VARIABLE = "TRUNKLINE_API_KEYS"
@@ -54,13 +55,16 @@ class Key:
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     """Of prompts and answers together."""
+    classification: Classification | None = None
+    """Of what is asked with it: whether that may leave for an upstream model. Null: the request says so itself."""
 
 
-def make(name: str, scopes: Sequence[str], expires: datetime | None) -> tuple[str, dict[str, object]]:
+def make(name: str, scopes: Sequence[str], expires: datetime | None, classification: str | None = None) -> tuple[str, dict[str, object]]:
     """A new key, and its entry."""
     key = f"tk-{name}.{secrets.token_urlsafe(32)}"
     entry: dict[str, object] = {"id": name, "sha256": hashlib.sha256(key.encode()).hexdigest(), "scopes": list(scopes)}
-    return key, entry | ({"expires": expires.isoformat(timespec="seconds")} if expires else {})
+    more = {"expires": expires.isoformat(timespec="seconds") if expires else None, "classification": classification}
+    return key, entry | {name: value for name, value in more.items() if value is not None}
 
 
 def read(environment: Mapping[str, str]) -> list[Key]:
@@ -164,10 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("name", help="small letters, digits and hyphens")
     parser.add_argument("--scopes", nargs="+", choices=["answer", "feedback"], default=["answer", "feedback"])
     parser.add_argument("--days", type=int, help="until it expires; never, if not given")
+    parser.add_argument("--classification", choices=get_args(Classification), help="of what is asked with it, for an upstream model")
     given = parser.parse_args(arguments)
     if not re.fullmatch(r"[a-z0-9-]{1,40}", given.name):
         parser.error(f"{given.name!r} is no name: small letters, digits and hyphens, at most 40")
-    key, entry = make(given.name, given.scopes, datetime.now(UTC) + timedelta(days=given.days) if given.days else None)
+    key, entry = make(given.name, given.scopes, datetime.now(UTC) + timedelta(days=given.days) if given.days else None, given.classification)
     sys.stdout.write(f"{key}\n")
     sys.stderr.write(f"{json.dumps(entry)}\n")
 

@@ -54,7 +54,7 @@ def event(note: Note, assistant: Assistant) -> dict[str, object]:
         "streamed": bool(answers and answers.request.stream), "status": note.status, "finish_reason": _reasons(answers),
         "prompt_tokens": usage.prompt_tokens if usage else 0, "completion_tokens": usage.completion_tokens if usage else 0,
         "queue": queued, "prefill": prefill, "first": first, "total": seconds,
-        "verdict": answers.verdict if answers else None, "question": question, "answer": answer,
+        "verdict": (answers.verdict and answers.verdict | answers.leaving) if answers else None, "question": question, "answer": answer,
     }  # fmt: skip
 
 

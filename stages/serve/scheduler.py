@@ -28,10 +28,11 @@ from typing import Literal
 
 from conf.errors import ModelError
 from stages.serve.engine import Engine, Sampling
+from stages.serve.refusals import Refused
 from stages.serve.steering import Steering, TokenLogprob
 from stages.serve.text import TextStream
 
-Reason = Literal["stop", "length", "cancelled", "timeout", "failed"]
+Reason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "failed"]
 
 GATHER = 0.004
 """Seconds that an idle slot waits for more requests to start with."""
@@ -66,6 +67,8 @@ class Job:
     cancelled: bool = False
     reason: Reason | None = None
     error: str = ""
+    failure: Refused | None = None
+    """What an upstream model said in place of an answer."""
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     """When a slot first took it."""
