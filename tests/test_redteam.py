@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError, DataError
-from conf.schema import EngineSettings, Redteam
-from conf.schema import Guard as GuardSettings
+from conf.schema import EngineSettings, GuardRule, Redteam
+from conf.schema import ServeGuard as GuardSettings
 from conf.yaml import dump
 from stages import redteam
 from stages.files import read_json, read_jsonl, sha256
-from stages.outcomes import canary, leaks, outcome, share
+from stages.outcomes import canary, outcome, share
 from stages.serve.engine import Engine, open_engine
+from stages.serve.guard.canary import leaks
 from stages.serve.guard.guard import Guard
 from tests.models import tiny_llama
 
@@ -102,7 +103,7 @@ def test_a_long_jailbreak_is_cut_to_what_the_service_takes(engine: Engine) -> No
 
 
 def test_the_guard_answers_for_the_model_and_the_canary_is_in_the_prompt(engine: Engine) -> None:
-    guard = Guard(None, GuardSettings(rules={"override": "ignore"}))
+    guard = Guard(None, GuardSettings(rules={"override": GuardRule(pattern="ignore")}))
     rows = redteam.attack(
         engine,
         guard,
@@ -135,7 +136,7 @@ def write_params(model: Path, **changes: Any) -> None:
                 "redteam": settings | changes,
                 "serve": {
                     "engine": {"kind": "transformers", "quantization": "float32", "threads": 1},
-                    "guard": {"rules": {"held": "zzz"}, "window": 80},
+                    "guard": {"rules": {"held": {"pattern": "zzz"}}, "window": 80},
                     "system": None,
                     "max_prompt_tokens": 120,
                 },
