@@ -731,13 +731,14 @@ class GuardAnswer:
 
 @dataclass(config=STRICT, kw_only=True)
 class GuardBudget:
-    """Milliseconds of processor time that each tier may take: what a text costs, not what others cost who use the machine."""
+    """Milliseconds of processor time that each tier may take: what a text costs, not what others cost who use the machine. The defaults are far above
+    what ordinary texts cost (`python -m tests.bench guard_runtime`): who is over them is an attack or a fault."""
 
-    rules: Positive = 20.0
+    rules: Positive = 50.0
     """For the rules on a request."""
-    classifier: Positive = 100.0
+    classifier: Positive = 150.0
     """For the classifier on a request."""
-    answer: Positive = 50.0
+    answer: Positive = 100.0
     """For one look at what an answer has got so far."""
     exceeded: Literal["flag", "refuse"] = "refuse"
     """What follows where a tier is over its budget: it reads no further passage, and a text that was not read to its end is refused, or let through with

@@ -22,6 +22,9 @@ from stages.serve.guard.rules import declared
 from stages.serve.guard.secrets import Secrets, scanner
 from stages.serve.guard.verdict import Finding, Verdict
 
+EXAMPLES = "+1 201 555 0123, GB29 NWBK 6016 1331 9268 19, 4111 1111 1111 1111, 943 476 5919, 078-05-1120"
+"""Made numbers: the first look at their like loads the plans that they are checked with, and that is no answer's fault."""
+
 
 class Outgoing:
     """What is looked for in every answer."""
@@ -39,7 +42,7 @@ class Outgoing:
         if settings.enabled and settings.answer.secrets:
             scanner()
         if settings.enabled and settings.answer.personal:
-            redact("+1 201 555 0123", list(settings.answer.personal), settings.answer.phone_regions)  # numbering plans are loaded by the first look
+            redact(EXAMPLES, list(settings.answer.personal), settings.answer.phone_regions)
 
     def watch(self, system: str = "", said: str = "") -> Watch:
         """What reads one answer.
