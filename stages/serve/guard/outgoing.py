@@ -141,7 +141,7 @@ class Watch:
         hold = end if final else min((finder.hold(answer, start) for finder in self._finders), default=end)
         forced = final or end - hold > most
         if end - hold > most:
-            if any(isinstance(finder, Secrets) and finder.open(answer, start) for finder in self._finders):
+            if any(isinstance(finder, Secrets) and finder.head(answer, start) is not None for finder in self._finders):
                 return self._refuse("secret")
             hold = end - most // 2
         if hold <= start:

@@ -9,6 +9,7 @@ from conf.schema import Consequence, PiiKind
 from stages.serve.guard.finders import CONTEXT, Answer, Span, boundary, word
 
 GROUP = re.compile(r"[^\W_]+|[\W_]+")
+OPENING = "+("
 EXTENSION = frozenset({"x", "ext", "extension"})
 
 
@@ -21,10 +22,10 @@ def number(raw: str, start: int) -> int:
             if not (any(c.isdigit() for c in group) or (group.isupper() and len(group) <= 4) or any(word.startswith(group.lower()) for word in EXTENSION)):
                 break
             found = match.start()
-        elif len(group) > 4 or "\n" in group:
-            break
-        elif found < len(raw):
-            found = match.end() - len(group) + len(group.rstrip("+("))
+        else:
+            found = min(found, match.start() + min((group.find(c) for c in OPENING if c in group), default=len(group)))
+            if len(group) > 4 or "\n" in group:
+                break
     return found
 
 

@@ -13,6 +13,10 @@ from stages.serve.guard.finders import Answer, Span, boundary, word
 if TYPE_CHECKING:
     from kingfisher_sdk import Scanner
 
+BEGIN, END = "-----BEGIN", "-----END"
+HEAD = 60
+"""Characters in which the head of a private key names it as one."""
+
 
 class Secrets:
     """Keys and tokens, by Kingfisher's 488 rules.
@@ -22,26 +26,21 @@ class Secrets:
     bc-detect-secrets 1.5.52 12 in as long. None has a false alarm.
     """
 
-    BEGIN, END = "-----BEGIN", "-----END"
-
     def __init__(self, action: Consequence) -> None:
         self._action = action
 
     def hold(self, answer: Answer, start: int) -> int:
         """From the last word on, or from the head of a key that has no end yet."""
-        head = answer.raw.find(self.BEGIN, start)
-        if head >= 0 and not self._closed(answer.raw, head):
-            return head
-        return word(answer.raw, start)
+        head = self.head(answer, start)
+        return word(answer.raw, start) if head is None else head
 
-    def open(self, answer: Answer, start: int) -> bool:
-        """Whether a key began that has no end yet."""
-        head = answer.raw.find(self.BEGIN, start)
-        return self._action != "flag" and head >= 0 and "PRIVATE KEY" in answer.raw[head : head + 60] and not self._closed(answer.raw, head)
-
-    def _closed(self, raw: str, head: int) -> bool:
-        tail = raw.find(self.END, head)
-        return tail >= 0 and raw.find("-----", tail + len(self.END)) >= 0
+    def head(self, answer: Answer, start: int) -> int | None:
+        """Where the last private key begins, if it has no end yet."""
+        head = answer.raw.rfind(BEGIN, start)
+        if head < 0 or self._action == "flag" or (len(answer.raw) - head > HEAD and "PRIVATE KEY" not in answer.raw[head : head + HEAD]):
+            return None
+        end = answer.raw.find(END, head)
+        return None if end >= 0 and answer.raw.find("-----", end + len(END)) >= 0 else head
 
     def find(self, answer: Answer, start: int, final: bool) -> Iterable[Span]:
         """All under one name; a key that is cut off counts to the end."""
@@ -52,8 +51,8 @@ class Secrets:
             first, last = (begin + len(data[: at[key]].decode(errors="ignore")) for key in ("start_offset", "end_offset"))
             if finding.visible and last > start:
                 yield Span(start=first, end=last, name="secret", action=self._action)
-        if final and self.open(answer, start):
-            yield Span(start=answer.raw.find(self.BEGIN, start), end=len(answer.raw), name="secret", action=self._action)
+        if final and (head := self.head(answer, start)) is not None:
+            yield Span(start=head, end=len(answer.raw), name="secret", action=self._action)
 
 
 @lru_cache(maxsize=1)
