@@ -163,6 +163,15 @@ def test_a_key_without_an_end_is_refused_at_the_bound() -> None:
     assert reading.refused and reading.text == "" and reading.verdict().reasons == ["secret"]
 
 
+def test_a_key_that_begins_within_another_is_masked_with_it() -> None:
+    text = f"{PRIVATE}\nSo:\n{CLOSED}\n-----BEGIN CERTIFICATE-----\nMIIB"
+    for pieces in ([text[:512]], list(text)):
+        assert "PRIVATE" not in streamed(pieces).text
+    assert watch().whole(f"A\n{CLOSED}\nB\n{CLOSED}\nC") == "A\n<SECRET>\nB\n<SECRET>\nC"
+    certificate = "-----BEGIN CERTIFICATE-----\n" + "A1b2" * 20 + "\n-----END CERTIFICATE-----"
+    assert watch().whole(certificate) == streamed(list(certificate)).text == certificate
+
+
 def test_a_cut_connection_never_flushes_what_is_held() -> None:
     reading = watch()
     assert "".join(map(reading.push, f"The key: {KEY[:30]}")) == "The key: "

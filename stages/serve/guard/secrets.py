@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -35,12 +35,21 @@ class Secrets:
         return word(answer.raw, start) if head is None else head
 
     def head(self, answer: Answer, start: int) -> int | None:
-        """Where the last private key begins, if it has no end yet."""
-        head = answer.raw.rfind(BEGIN, start)
-        if head < 0 or self._action == "flag" or (len(answer.raw) - head > HEAD and "PRIVATE KEY" not in answer.raw[head : head + HEAD]):
-            return None
-        end = answer.raw.find(END, head)
-        return None if end >= 0 and answer.raw.find("-----", end + len(END)) >= 0 else head
+        """Where a private key begins that has no end yet."""
+        return next((head for head, end in self._keys(answer.raw, start) if end is None), None)
+
+    def _keys(self, raw: str, start: int) -> Iterator[tuple[int, int | None]]:
+        """Private keys from `start` on: where each begins, and where it ends; what begins within one is a part of it."""
+        at = start if self._action != "flag" else len(raw)
+        while (head := raw.find(BEGIN, at)) >= 0:
+            end = raw.find(END, head)
+            close = raw.find("-----", end + len(END)) if end >= 0 else -1
+            if "PRIVATE KEY" in raw[head : head + HEAD]:
+                yield head, close + 5 if close >= 0 else None
+            elif len(raw) - head < HEAD:
+                yield head, None  # it may still say so
+                return
+            at = close + 5 if close >= 0 else head + len(BEGIN)
 
     def find(self, answer: Answer, start: int, final: bool) -> Iterable[Span]:
         """All under one name; a key that is cut off counts to the end."""
@@ -51,8 +60,9 @@ class Secrets:
             first, last = (begin + len(data[: at[key]].decode(errors="ignore")) for key in ("start_offset", "end_offset"))
             if finding.visible and last > start:
                 yield Span(start=first, end=last, name="secret", action=self._action)
-        if final and (head := self.head(answer, start)) is not None:
-            yield Span(start=head, end=len(answer.raw), name="secret", action=self._action)
+        for head, end in self._keys(answer.raw, start):
+            if end is not None or final:
+                yield Span(start=head, end=len(answer.raw) if end is None else end, name="secret", action=self._action)
 
 
 @lru_cache(maxsize=1)
