@@ -34,12 +34,12 @@ class Rule:
         alone, self._body = whole(source) if word else (False, source)
         edge = f"[^{LETTER}]"  # RE2 has no look-around: the neighbours are matched too, and the group is what counts
         try:
-            self._pattern = compile_pattern(f"(?:^|{edge})(?P<whole>{self._body})(?:$|{edge})" if alone else self._body)
+            self._pattern = compile_pattern(f"(?:^|{edge})({self._body})(?:$|{edge})" if alone else self._body)
         except ValueError as error:
             raise ConfigError(f"serve.guard: {name}: {error}", "mend the pattern") from error
         self.lookaround = f"(?<![{LETTER}])(?:{self._body})(?![{LETTER}])" if alone else f"(?:{self._body})"
         """The same pattern for the package `regex`."""
-        self._group = "whole" if alone else 0
+        self._group = 1 if alone else 0
 
     def matches(self, text: str) -> Iterator[tuple[int, int]]:
         """Where it matches a normalised text, without overlap, empty matches left out."""
