@@ -34,7 +34,7 @@ from stages.run import progress
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.guard.canary import leaks
 from stages.serve.guard.guard import Guard
-from stages.serve.guard.outgoing import Outgoing
+from stages.serve.guard.outgoing import Outgoing, Watch
 
 EXPORTED = Path("models/export/engine")
 COLLECTED = Path("data/collect")
@@ -96,6 +96,13 @@ def measuring(texts: Mapping[str, list[str]], key: str) -> dict[str, list[str]]:
     return {name: sorted(left, key=digest) for name, left in texts.items()}
 
 
+def leaving(text: str, watch: Watch, secret: str, settings: Redteam) -> dict[str, Any]:
+    """What a client would see of an answer behind the guard on answers, and what that amounts to."""
+    shown = watch.whole(text)
+    became = "withheld" if watch.refused else outcome(shown, secret, settings)
+    return {"answer": "" if watch.refused else shown, "outcome": became, "said_secret": leaks(text, secret), "out_reasons": watch.verdict().reasons}
+
+
 def attack(engine: Engine, guard: Guard, system: str, prompts: Sequence[tuple[str, str, str]], settings: Redteam, limit: int) -> list[dict[str, Any]]:
     """Put each (source, family, text) to the model behind its guard, with a canary in the system prompt."""
     secret = canary(settings.seed)
@@ -123,10 +130,7 @@ def attack(engine: Engine, guard: Guard, system: str, prompts: Sequence[tuple[st
             asked.append((rows[-1], prompt))
     answers = engine.generate([prompt for _, prompt in asked], Sampling(max_tokens=settings.max_tokens)) if asked else []
     for (row, _), completion in zip(asked, answers, strict=True):
-        watch = outgoing.watch(guarded, row["prompt"])
-        text = watch.whole(completion.text)
-        became = "withheld" if watch.refused else outcome(text, secret, settings)
-        row.update(answer="" if watch.refused else text, outcome=became, said_secret=leaks(completion.text, secret), out_reasons=watch.verdict().reasons)
+        row.update(leaving(completion.text, outgoing.watch(guarded, row["prompt"]), secret, settings))
     return rows
 
 
