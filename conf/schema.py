@@ -646,6 +646,11 @@ class EngineSettings:
     """Sequences at a time; with `upstream`, requests at a time in evaluate and redteam."""
 
 
+Action = Literal["allow", "flag", "mask", "refuse"]
+Consequence = Literal["flag", "mask", "refuse"]
+Direction = Literal["in", "out", "both"]
+
+
 @dataclass(config=STRICT, kw_only=True)
 class Upstream:
     """A model behind OpenAI's wire format that somebody else runs, and what it may be told."""
@@ -681,6 +686,10 @@ class Transformer:
     """Commit of the repository: 40 hexadecimal digits. null: only for a local folder."""
     labels: Annotated[list[Text], Field(min_length=1)]
     """Names, in the model's own `id2label`, of the classes that are attacks; their probabilities are added up."""
+    threshold: Share = 0.5
+    """Score from which a message is an attack."""
+    action: Literal["flag", "refuse"] = "refuse"
+    """What follows then for the user's own words."""
     max_tokens: Count = 512
     """Tokens that the model reads at a time; a longer text is read in pieces that overlap by half, and the worst one counts."""
     batch: Count = 8
@@ -694,6 +703,107 @@ class Transformer:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class GuardRule:
+    """A named pattern, and what follows from a match."""
+
+    pattern: Text
+    """Regular expression of RE2's, without regard to case. It reads a text case-folded, without accents, invisible characters and line breaks."""
+    action: Action = "refuse"
+    """`flag` writes it into the verdict. `mask` puts the rule's name in the place of the match (`<CARD>`). `refuse` stops the message or the answer.
+    `allow` is an exception: a match of another rule that lies wholly inside one of this rule's does not count, and the classifier reads the
+    text without it; what stands outside is read as ever."""
+    direction: Direction = "in"
+    """`in`: what comes from the client. `out`: what the model says."""
+
+    def __post_init__(self) -> None:
+        from conf.patterns import compile_pattern
+
+        compile_pattern(self.pattern)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GuardTopic:
+    """Something that the service does not talk about."""
+
+    words: list[Text] = Field(default_factory=list)
+    """Words or phrases of any script, found whole."""
+    patterns: list[Text] = Field(default_factory=list)
+    """Regular expressions as in a rule."""
+    action: Consequence = "refuse"
+    """As in a rule."""
+    direction: Direction = "out"
+    """As in a rule."""
+
+    def __post_init__(self) -> None:
+        from conf.patterns import compile_pattern
+
+        if not self.words and not self.patterns:
+            raise ValueError("neither words nor patterns: the topic would never be found")
+        for word in self.words:
+            if not any(c.isalnum() for c in word):
+                raise ValueError(f"the word {word!r} has no letter and no digit")
+        for pattern in self.patterns:
+            compile_pattern(pattern)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GuardDocuments:
+    """What a message quotes (stages/serve/guard/quoted.py says what that is) is read apart from the user's own words.
+
+    A client may mark his own words as a quotation. So do not treat documents more kindly than what stands in front of the model anyway."""
+
+    threshold: Share | None = None
+    """Classifier score from which a document counts as an attack; null: `serve.guard.threshold`."""
+    action: Consequence = "refuse"
+    """What a document does that the classifier, or a rule with `refuse`, finds: `mask` takes the document out, and the rest is answered."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GuardAnswer:
+    """What the model says is read before the client sees it; a stream is held back as far as its end may still become a find."""
+
+    personal: dict[PiiKind, Consequence] = Field(default_factory=dict)
+    """Kind of personal data -> what follows. What the user himself wrote, outside of quoted documents, is no disclosure."""
+    phone_regions: list[Annotated[str, Field(pattern=r"^[A-Z]{2}$")]] = Field(default_factory=lambda: ["US", "GB", "DE"])
+    """Countries whose national forms of telephone and identity numbers count."""
+    secrets: Consequence | None = "mask"
+    """What follows from an API key, a token or a private key; null: they are not looked for."""
+    prompt: Consequence | None = "refuse"
+    """What follows from so many words in a row of the conversation's system prompt; null: they are not looked for."""
+    prompt_words: Annotated[int, Field(ge=4)] = 12
+    """How many; a shorter system prompt has none."""
+    canary: Text | None = "KX-[0-9A-F]{10}"
+    """Regular expression of RE2's: what it matches in a system prompt must never leave, in any case, spacing, backwards, in hexadecimal or base64; such an
+    answer is refused. null: there is no canary."""
+    hold: Annotated[int, Field(ge=128)] = 512
+    """Most characters of a stream that are held back. A private key that is longer is refused; of other finds that are longer, the beginning may leave."""
+
+    def __post_init__(self) -> None:
+        if self.canary is not None:
+            from conf.patterns import compile_pattern
+
+            compile_pattern(self.canary)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class GuardBudget:
+    """Milliseconds of processor time that each tier may take: what a text costs, not what others cost who use the machine. The defaults are far above
+    what ordinary texts cost (`python -m tests.bench guard_runtime`): who is over them is an attack or a fault."""
+
+    rules: Positive = 50.0
+    """For the rules on a request."""
+    classifier: Positive = 150.0
+    """For the classifier on a request."""
+    transformer: Positive = 2000.0
+    """For the transformers classifier on a request, in the thread that asks it."""
+    answer: Positive = 100.0
+    """For one look at what an answer has got so far."""
+    exceeded: Literal["flag", "refuse"] = "refuse"
+    """What follows where a tier is over its budget: it reads no further passage, and a text that was not read to its end is refused, or let through with
+    `budget` among the reasons."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class ServeGuard:
     """What stands before and behind the model."""
 
@@ -702,11 +812,21 @@ class ServeGuard:
     window: Count = 100
     """Characters that the classifier reads at a time; windows overlap by half, and the worst one counts."""
     threshold: Share = 0.5
-    """Classifier score from which a message is refused. 0.5 is where `guard.calibrate` has put the guard's false alarms."""
+    """Classifier score from which a message is an attack. 0.5 is where `guard.calibrate` has put the guard's false alarms."""
+    classifier: Literal["flag", "refuse"] = "refuse"
+    """What follows then for the user's own words; it cannot mask, since it finds no place."""
     transformer: Transformer | None = None
     """A second classifier, of the transformers library; null: none."""
-    rules: dict[Name, Text] = Field(default_factory=dict)
-    """Name -> regular expression (case-insensitive, on the normalised text) that refuses a message."""
+    rules: dict[Name, GuardRule] = Field(default_factory=dict)
+    """Name -> rule."""
+    topics: dict[Name, GuardTopic] = Field(default_factory=dict)
+    """Name -> topic; in a verdict it is `topic:<name>`."""
+    documents: GuardDocuments = Field(default_factory=GuardDocuments)
+    """Quoted documents."""
+    answer: GuardAnswer = Field(default_factory=GuardAnswer)
+    """What the model says."""
+    budget_ms: GuardBudget = Field(default_factory=GuardBudget)
+    """Bounds of the guard's own work."""
     refusal: Text = "I can't help with that here. I can help you with your orders, payments and account."
     """What the user reads instead of an answer."""
 
@@ -744,7 +864,7 @@ class Serve:
     engine: EngineSettings = Field(default_factory=EngineSettings)
     """What runs the model."""
     guard: ServeGuard = Field(default_factory=ServeGuard)
-    """Prompt-injection guard."""
+    """What may reach the model, and what may leave it."""
     limits: ServeLimits = Field(default_factory=ServeLimits)
     """Queue, sizes and times."""
     events: Events = Field(default_factory=Events)

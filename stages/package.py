@@ -52,8 +52,10 @@ OUT = Path("models/package")
 SERVICE = "stages.serve.service"
 ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "upstream": ("openai",)}
 """Engine -> the distributions that it imports."""
-IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers",
-            "prometheus-client", "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip
+IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2", "jinja2",
+             "kingfisher-secret-scanner", "limits", "llguidance",
+            "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client",
+            "pydantic", "python-stdnum", "regex", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip
 """Distributions that the service imports, whatever its engine."""
 MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
 """Distributions whose versions the provenance names."""

@@ -29,7 +29,7 @@ def repository(folder: Path) -> Path:
     shutil.rmtree(hf)
     digest = sha256(folder / "models/export/engine")
     package = {"name": "kestrel-desk", "licence": "Apache-2.0", "description": "Routes messages.", "intended_use": "Support.", "limitations": "English | only."}
-    serve = {"engine": {"threads": 1}, "guard": {"rules": {"override": r"ignore (all|previous) instructions"}}, "system": "Be brief.",
+    serve = {"engine": {"threads": 1}, "guard": {"rules": {"override": {"pattern": r"ignore (all|previous) instructions"}}}, "system": "Be brief.",
              "max_tokens": 16, "max_prompt_tokens": 100, "port": 3999}  # fmt: skip
     write_json(folder / "params.yaml", {"package": package, "serve": serve})  # JSON is YAML
     row = {"kind": "files", "address": "data/raw/tickets.jsonl", "pinned": "0" * 64, "sha256": "0" * 64, "licence": "CC0-1.0", "classification": "public",

@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from conf.schema import EngineSettings, Serve, ServeGuard, ServeLimits
+from conf.schema import EngineSettings, GuardRule, Serve, ServeGuard, ServeLimits
 from stages.convert import to_ctranslate2
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
@@ -27,14 +27,14 @@ from stages.serve.store import Store
 from tests.models import tiny_llama
 
 NAME, DIGEST = "kestrel-desk", "d" * 64
-RULES = {"override": r"ignore (all|previous) instructions"}
+RULES = {"override": GuardRule(pattern=r"ignore (all|previous) instructions")}
 
 
 def settings(**more: object) -> Serve:
     """Of the small service."""
     limits = more.pop("limits", ServeLimits())
-    given = {"max_tokens": 64, "max_prompt_tokens": 200, "system": "Be brief."} | more
-    return Serve(engine=EngineSettings(threads=2, batch=8), guard=ServeGuard(rules=RULES), limits=limits, **given)  # type: ignore[arg-type]
+    given = {"max_tokens": 64, "max_prompt_tokens": 200, "system": "Be brief.", "guard": ServeGuard(rules=RULES)} | more
+    return Serve(engine=EngineSettings(threads=2, batch=8), limits=limits, **given)  # type: ignore[arg-type]
 
 
 def model(folder: Path) -> Path:

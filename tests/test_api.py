@@ -45,7 +45,7 @@ def test_whole_and_streamed_sync_and_async_are_the_engines_answer(service: Serve
     assert answer.usage.completion_tokens == 12 and answer.system_fingerprint == raw.headers["x-model-digest"] == DIGEST
 
     chunks = list(client.chat.completions.create(**ASK, max_tokens=12, stream=True, stream_options={"include_usage": True}))
-    assert chunks[0].choices[0].delta.role == "assistant" and len(chunks) > 6
+    assert chunks[0].choices[0].delta.role == "assistant" and len(chunks) > 3, "word by word: the guard on answers holds an unfinished one back"
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == answer.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage and len({c.id for c in chunks}) == 1

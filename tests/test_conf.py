@@ -134,6 +134,13 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
         {"tune/sft.yaml": "steps: 1\n_target_: os.system\n"},
         [r"conf/tune/sft\.yaml: tune\._target_: _target_ would let a configuration call any function"],
     ),
+    "a rule of the guard": (
+        {"experiment/default.yaml": "# @package _global_\nserve: {guard: {rules: {open: {pattern: '('}, odd: {pattern: a, action: drop}}}}\n"},
+        [
+            r"conf/experiment/default\.yaml: serve\.guard\.rules\.open: no regular expression of RE2's",
+            r"conf/experiment/default\.yaml: serve\.guard\.rules\.odd\.action: input should be 'allow', 'flag', 'mask' or 'refuse'",
+        ],
+    ),
     "unknown kind": (
         {"select/toy.yaml": "candidates:\n  m: {kind: maid, licence: MIT}\nlimits: {licences: []}\npolicy: {}\n"},
         [r"conf/select/toy\.yaml: select\.candidates\.m\.kind: kind='maid' is none of 'pretrained', 'made'"],
@@ -262,6 +269,7 @@ def test_composing_imports_only_what_is_light() -> None:
         "typing_extensions",
         "typing_inspection",
         "packaging",
+        "re2",
     }
     assert (
         third_party
@@ -282,6 +290,7 @@ def test_the_module_list_of_conf_is_closed() -> None:
         "compose.py",
         "errors.py",
         "json_schema.py",
+        "patterns.py",
         "problems.py",
         "schema.py",
         "yaml.py",

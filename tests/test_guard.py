@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.errors import ConfigError, DataError, ModelError
+from conf.errors import DataError, ModelError
+from conf.schema import GuardRule
 from conf.schema import ServeGuard as Settings
 from stages.files import sha256
 from stages.serve.guard.classifier import FEATURES, Classifier, features, windows
@@ -25,7 +26,7 @@ from stages.serve.guard.guard import Guard
 from stages.serve.guard.normalise import MOST_VIEWS, normalise, views
 from tests.guards import ATTACKS, WINDOW, guard_settings, toy_guard
 
-RULES = {"override": r"ignore (all )?previous instructions"}
+RULES = {"override": GuardRule(pattern=r"ignore (all )?previous instructions")}
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +123,6 @@ def test_nothing_to_learn_from_stops(tmp_path: Path) -> None:
         toy_guard(tmp_path, harmless=["hello"], settings=guard_settings())
 
 
-def test_a_wrong_rule_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"serve\.guard\.rules\.open is no regular expression"):
-        Guard(None, Settings(rules={"open": "("}))
-
-
 @pytest.mark.parametrize("damage", ["missing", "cut", "not json", "nan"])
 def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path, damage: str) -> None:
     from safetensors.numpy import load_file, save_file
@@ -186,7 +182,7 @@ def test_a_disguise_keeps_the_verdict(folder: Path, trick: str, number: int) -> 
     hidden = TRICKS[trick](ATTACKS[number])
     assert normalise(ATTACKS[number]) in " | ".join(views(hidden))
     assert not Guard(folder, Settings(window=WINDOW)).check(hidden).allowed
-    assert Guard(None, Settings(rules={"ignore": r"^ignore|\bignore"})).check(hidden).reasons == ["ignore"]
+    assert Guard(None, Settings(rules={"ignore": GuardRule(pattern=r"^ignore|\bignore")})).check(hidden).reasons == ["ignore"]
 
 
 @pytest.mark.parametrize("text", ORDINARY)

@@ -94,7 +94,7 @@ from stages.serve.assistant import Assistant
 from stages.serve.wire import ChatRequest
 assistant = Assistant.load(Path())
 asked = ChatRequest.model_validate({"model": "kestrel-desk", "messages": [{"role": "user", "content": "cancel my order"}]})
-answer = assistant.engine.generate(assistant.prompts(asked), assistant.sampling(asked))[0].text
+answer = assistant.engine.generate(assistant.prompts(asked, assistant.screen(asked)), assistant.sampling(asked))[0].text
 print(assistant.digest, answer.encode())
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"TRUNKLINE_ENGINES": str(tmp_path / "engines")}

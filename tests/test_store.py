@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -57,7 +58,9 @@ def test_each_request_is_an_event_and_texts_are_kept_masked_only_where_allowed(e
         told = rows(
             folder / "events.sqlite", 'select id, digest, "commit", "user", streamed, status, finish_reason, completion_tokens, verdict from events order by at'
         )
-        assert told[0] == (answer.json()["id"], DIGEST, "c" * 40, "u-1", 0, 200, "length", 3, '{"allowed": true, "reasons": [], "score": 0.0}')
+        assert told[0][:8] == (answer.json()["id"], DIGEST, "c" * 40, "u-1", 0, 200, "length", 3)
+        verdict = json.loads(str(told[0][8]))
+        assert [verdict["action"], verdict["in"]["action"], *(out["action"] for out in verdict["out"])] == ["allow"] * 3
         assert [row[4:8] for row in told[1:]] == [(1, 200, "length", 3), (0, 200, "content_filter", told[2][7]), (0, 400, None, 0)]
         assert '"override"' in str(told[2][8])
         queued, prefill, first, total = rows(folder / "events.sqlite", "select queue, prefill, first, total from events order by at")[0]

@@ -24,7 +24,7 @@ from stages.files import write_json
 from stages.pii import find
 from stages.serve.assistant import Assistant
 from stages.serve.engine import Sampling, open_engine
-from stages.serve.guard import Guard as Watch
+from stages.serve.guard.guard import Guard as Watch
 from stages.serve.keys import Key, make
 from stages.serve.upstream_line import classify
 from stages.serve.upstream_masks import Masks, Unmasked

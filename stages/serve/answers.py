@@ -1,14 +1,16 @@
-"""One request's way through guard, queue and engine, seen from the event loop: whole, or as server-sent events.
+"""One request's way through guard, queue, engine and guard again, seen from the event loop: whole, or as server-sent events.
 
-Nothing here blocks the loop: guard and tokenizer run in a thread, the engine in the slots of the scheduler. When the client goes away, whole
-or streaming, its answers are cancelled.
+Nothing here blocks the loop: guard and tokenizer run in a thread, the engine in the slots of the scheduler, and there the guard reads what the model says.
+An answer that it refuses ends with `content_filter`: of a stream stays what was let go before, a whole answer is `serve.guard.refusal`. When the client
+goes away, whole or streaming, its answers are cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
@@ -16,9 +18,12 @@ import orjson
 from pydantic import BaseModel
 
 from stages.serve.assistant import Assistant
+from stages.serve.guard.guard import Screened
+from stages.serve.guard.verdict import worst
 from stages.serve.refusals import Refused
 from stages.serve.replies import ChatForm, Piece, TextForm
 from stages.serve.scheduler import Full, Job, Scheduler
+from stages.serve.shown import Shown
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
 
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 LOOK = 0.25
 """Seconds between two looks whether a client that waits for a whole answer is still there."""
+
+log = logging.getLogger(__name__)
 
 
 class Gone(Exception):
@@ -41,21 +48,30 @@ class Answers:
     scheduler: Scheduler | Line
     request: ChatRequest | CompletionRequest
     jobs: list[Job] = field(default_factory=list)
-    verdict: dict[str, object] = field(default_factory=dict)
-    """The guard's, once it has looked."""
     leaving: dict[str, object] = field(default_factory=dict)
     """Of what leaves for an upstream model: its classification, and how much was masked, by kind."""
+    shown: list[Shown] = field(default_factory=list)
+    """Of each job, what the client sees."""
+    screened: Screened | None = None
+    """What the guard says of the request, once it has looked."""
 
     def __post_init__(self) -> None:
         form = ChatForm if isinstance(self.request, ChatRequest) else TextForm
         self.form = form(model=self.assistant.name, digest=self.assistant.digest, chat=self.assistant.engine.chat)
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Queue[tuple[int, str, int]]()
+        self._news = asyncio.Queue[News]()
 
     @property
     def guarded(self) -> bool:
         """The guard answers, not the model."""
-        return self.verdict.get("allowed") is False
+        return self.screened is not None and not self.screened.verdict.allowed
+
+    def verdict(self) -> dict[str, object] | None:
+        """What the guard says of the request (`in`) and of each answer (`out`), for the event; null: it has not looked."""
+        if self.screened is None:
+            return None
+        found = [self.screened.verdict, *(shown.watch.verdict() for shown in self.shown[: len(self.jobs)])]
+        return {"action": worst(v.action for v in found), "in": found[0].facts(), "out": [v.facts() for v in found[1:]]}
 
     @property
     def count(self) -> int:
@@ -73,29 +89,46 @@ class Answers:
             raise Refused(400, "stream_options needs stream: true", "stream_options", "invalid_value")
         if self.count > (most := self.assistant.settings.limits.waiting):
             raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
-        self.verdict = await anyio.to_thread.run_sync(self.assistant.verdict, self.request)
+        self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request)
         if self.guarded:
             return
-        jobs = await anyio.to_thread.run_sync(self._make)
+        jobs = await anyio.to_thread.run_sync(self._make, self.screened)
         try:
             self.scheduler.submit(jobs)
         except Full:  # nothing was begun, and nothing is charged
             raise Refused(429, "the service has as much to do as it can hold: come again", code="overloaded", retry_after=self.scheduler.wait()) from None
         self.jobs = jobs
 
-    def _make(self) -> list[Job]:
-        prompts, each = self.assistant.prompts(self.request), self.request.n or 1
+    def _make(self, screened: Screened) -> list[Job]:
+        prompts, each = self.assistant.prompts(self.request, screened), self.request.n or 1
+        self.shown = [Shown(watch=self.assistant.watch(self.request, screened)) for _ in range(len(prompts) * each)]
         return [self._job(prompt, p * each + i, i) for p, prompt in enumerate(prompts) for i in range(each)]
 
     def _job(self, prompt: list[int], index: int, sample: int) -> Job:
-        def tell(text: str, logprobs: int = -1) -> None:
-            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, text, logprobs))
+        shown = self.shown[index]
+
+        def tell(text: str, over: bool = False) -> None:
+            if shown.over:
+                return
+            shown.over = over
+            if over or (self.request.stream and text):
+                self._loop.call_soon_threadsafe(self._news.put_nowait, News(index=index, text=text, logprobs=len(shown.logprobs), over=over))
 
         def on_text(text: str) -> None:
-            if self.request.stream:
-                tell(text, len(job.logprobs))
+            given = shown.push(job, text)
+            job.cancelled = job.cancelled or shown.watch.refused
+            tell(given, over=shown.watch.refused)
 
-        job = self._new(prompt, sample, on_text, lambda: tell(""))
+        def on_end() -> None:
+            rest = ""
+            try:
+                rest = shown.finish(job) if job.reason in ("stop", "length") else ""
+            except Exception:  # of the guard: what it could not read does not leave, and whoever waits is told
+                log.exception("the guard could not read an answer")
+                job.reason = "failed"
+            tell(rest, over=True)
+
+        job = self._new(prompt, sample, on_text, on_end)
         return job
 
     def _new(self, prompt: list[int], sample: int, on_text: Callable[[str], None], on_end: Callable[[], None]) -> Job:
@@ -139,15 +172,21 @@ class Answers:
             self.cancel()
         if self.guarded:
             return self.form.whole([self._refusal(i) for i in range(self.count)], self.usage())
-        return self.form.whole(
-            [Piece(index=i, text=j.text.text, finish_reason=_reason(j), logprobs=self._told(j)) for i, j in enumerate(self.jobs)], self.usage()
-        )
+        return self.form.whole([self._piece(i) for i in range(len(self.jobs))], self.usage())
+
+    def _piece(self, index: int) -> Piece:
+        """A whole answer."""
+        job, shown = self.jobs[index], self.shown[index]
+        if shown.watch.refused:
+            return self._refusal(index)
+        return Piece(index=index, text=shown.text, finish_reason=_reason(job), logprobs=self._told(index))
 
     def _refusal(self, index: int) -> Piece:
         return Piece(index=index, text=self.assistant.settings.guard.refusal, finish_reason="content_filter")
 
-    def _told(self, job: Job) -> list[TokenLogprob] | None:
-        return job.logprobs if job.steering is not None and job.steering.top is not None else None
+    def _told(self, index: int) -> list[TokenLogprob] | None:
+        steering = self.jobs[index].steering
+        return self.shown[index].logprobs if steering is not None and steering.top is not None else None
 
     # ------------------------------------------------------------ in pieces
 
@@ -172,14 +211,28 @@ class Answers:
     async def _pieces(self) -> AsyncIterator[Piece]:
         given, offsets, left = [0] * len(self.jobs), [0] * len(self.jobs), len(self.jobs)
         while left:
-            index, text, logprobs = await self._news.get()
-            job, over = self.jobs[index], logprobs < 0
-            told = self._told(job)
-            upto = len(job.logprobs) if over else logprobs
-            fresh, given[index] = (None if told is None else told[given[index] : upto]), upto
-            yield Piece(index=index, text=text, finish_reason=_reason(job) if over else None, logprobs=fresh or None, offset=offsets[index])
-            offsets[index] += len(text)
-            left -= over
+            news = await self._news.get()
+            index, told = news.index, self._told(news.index)
+            left -= news.over
+            if news.over and self.shown[index].watch.refused:
+                last = self._refusal(index)
+                yield replace(last, text="", offset=offsets[index]) if offsets[index] else last
+                continue
+            reason, fresh = _reason(self.jobs[index]) if news.over else None, (told or [])[given[index] : news.logprobs]
+            yield Piece(index=index, text=news.text, finish_reason=reason, logprobs=fresh or None, offset=offsets[index])
+            given[index] = news.logprobs
+            offsets[index] += len(news.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What became of one answer."""
+
+    index: int
+    text: str
+    logprobs: int
+    """How many may be told by now."""
+    over: bool
 
 
 def _event(body: BaseModel) -> bytes:

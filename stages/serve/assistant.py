@@ -1,6 +1,6 @@
 """A loaded model behind its guard: from a request to answers in the making.
 
-A message that the guard refuses is answered with `serve.guard.refusal`, and the model is not asked. Control tokens that a user wrote out
+A request that the guard refuses is answered with `serve.guard.refusal`, and the model is not asked. Control tokens that a user wrote out
 (`<|im_end|>`) are broken, so that nobody opens a turn of his own, in a plain prompt too.
 """
 
@@ -21,7 +21,8 @@ from conf.schema import Serve
 from stages.files import sha256
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
-from stages.serve.guard.guard import Guard
+from stages.serve.guard.guard import Guard, Message, Screened
+from stages.serve.guard.outgoing import Outgoing, Watch
 from stages.serve.refusals import Refused
 from stages.serve.scheduler import Job
 from stages.serve.steering import Steering
@@ -61,6 +62,14 @@ class Assistant:
         engine = open_engine(root / "engine", settings.engine, batches=True)
         return cls(name=facts["name"], digest=facts["digest"], engine=engine, guard=guard, settings=settings)
 
+    def __post_init__(self) -> None:
+        self.outgoing  # noqa: B018  what it loads is loaded now, and not by the first request
+
+    @functools.cached_property
+    def outgoing(self) -> Outgoing:
+        """The guard on answers."""
+        return Outgoing(self.settings.guard)
+
     @functools.cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self.engine.chat)
@@ -74,14 +83,19 @@ class Assistant:
         system = [] if self.settings.system is None or messages[0]["role"] == "system" else [{"role": "system", "content": self.settings.system}]
         return [*system, *messages]
 
-    def verdict(self, request: ChatRequest | CompletionRequest) -> dict[str, object]:
-        """What the guard says of all texts of a request together: `allowed`, `reasons` and the worst `score`."""
-        found = [self.guard.check(text) for text in texts(request) if text]
-        reasons = sorted({reason for verdict in found for reason in verdict.reasons})
-        return {"allowed": all(verdict.allowed for verdict in found), "reasons": reasons, "score": max((verdict.score for verdict in found), default=0.0)}
+    def screen(self, request: ChatRequest | CompletionRequest) -> Screened:
+        """What the guard says of a request."""
+        if isinstance(request, ChatRequest):
+            return self.guard.screen([Message(text=turn.text(), role=turn.role, name=turn.name) for turn in request.messages])
+        return self.guard.screen([Message(text=text) for text in texts(request)])
 
-    def prompts(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """The prompts of a request as tokens: one of a conversation.
+    def watch(self, request: ChatRequest | CompletionRequest, screened: Screened) -> Watch:
+        """What reads one answer on its way out."""
+        ours = self.settings.system if isinstance(request, ChatRequest) and request.messages[0].role not in ("system", "developer") else None
+        return self.outgoing.watch(screened.system or ours or "", screened.own)
+
+    def prompts(self, request: ChatRequest | CompletionRequest, screened: Screened) -> list[list[int]]:
+        """The prompts of a request as tokens, one of a conversation, with what the guard masked.
 
         Raises:
             Refused: one is too long, or the chat template does not take it.
@@ -89,13 +103,14 @@ class Assistant:
         chat = self.engine.chat
         if isinstance(request, ChatRequest):
             where, named = "messages", {"developer": "system"}
-            turns = [{"role": named.get(turn.role, turn.role), "content": chat.defuse(turn.text())} for turn in request.messages]
+            roles = [named.get(turn.role, turn.role) for turn in request.messages]
+            turns = [{"role": role, "content": chat.defuse(text)} for role, text in zip(roles, screened.texts, strict=True)]
             try:
                 found = [chat.prompt(self._with_system(turns))]
             except ModelError as error:
                 raise Refused(400, error.what, where, "invalid_value") from error
         else:
-            where, found = "prompt", [chat.encode(chat.defuse(text)) for text in texts(request)]
+            where, found = "prompt", [chat.encode(chat.defuse(text)) for text in screened.texts]
         for prompt in found:
             if not prompt:
                 raise Refused(400, f"{where} is empty", where, "invalid_value")

@@ -15,6 +15,7 @@ Shared prefixes. The common beginning of a batch's prompts is encoded once; for 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,14 @@ R = TypeVar("R")
 
 DRAFT = 8
 """Tokens drafted greedily at a time while sampling with a seed."""
+
+
+def release(held: list[ctranslate2.Generator]) -> None:
+    """Join a model's threads. The garbage collector may come here in one of them, which cannot wait for itself: then another thread does it."""
+    if threading.current_thread() is threading.main_thread():
+        held.clear()
+    else:
+        threading.Thread(target=held.clear, name="release").start()
 
 
 class CTranslate2Engine:
@@ -74,7 +83,7 @@ class CTranslate2Engine:
                 raise ModelError(f"{folder} does not load: {error}", "remove it and run `dvc repro export`") from error
         self._held: list[ctranslate2.Generator] = [generator]
         # Its threads must be joined before Python's own end, or the process may abort there.
-        weakref.finalize(self, self._held.clear)
+        weakref.finalize(self, release, self._held)
         self._ends = sorted(self.chat.eos_ids) or None
         self._vocabulary = 0
         self._workers = inter

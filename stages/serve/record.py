@@ -54,15 +54,27 @@ def event(note: Note, assistant: Assistant) -> dict[str, object]:
         "streamed": bool(answers and answers.request.stream), "status": note.status, "finish_reason": _reasons(answers),
         "prompt_tokens": usage.prompt_tokens if usage else 0, "completion_tokens": usage.completion_tokens if usage else 0,
         "queue": queued, "prefill": prefill, "first": first, "total": seconds,
-        "verdict": (answers.verdict and answers.verdict | answers.leaving) if answers else None, "question": question, "answer": answer,
+        "verdict": _verdict(answers), "question": question, "answer": answer,
     }  # fmt: skip
+
+
+def _verdict(answers: Answers | None) -> dict[str, object] | None:
+    """The guard's on request and answers, and what left for an upstream model; null: it did not look."""
+    found = answers.verdict() if answers else None
+    return found | answers.leaving if answers and found else None
 
 
 def _reasons(answers: Answers | None) -> str | None:
     """How the answers ended; null: there were none."""
     if answers is None:
         return None
-    return "content_filter" if answers.guarded else ",".join(sorted({job.reason or "cancelled" for job in answers.jobs}))[:16] or None
+    if answers.guarded:
+        return "content_filter"
+    refused = [shown.watch.refused for shown in answers.shown]
+    reasons = {
+        "content_filter" if stopped else job.reason or "cancelled" for job, stopped in zip(answers.jobs, refused, strict=False)
+    }  # no jobs: the queue was full
+    return ",".join(sorted(reasons))[:16] or None
 
 
 def _kept(answers: Answers | None, settings: Serve) -> tuple[str | None, str | None]:
@@ -72,8 +84,9 @@ def _kept(answers: Answers | None, settings: Serve) -> tuple[str | None, str | N
     from stages.pii import redact
 
     kinds, regions = get_args(PiiKind), settings.events.phone_regions
-    given = [settings.guard.refusal] if answers.guarded else [job.text.text for job in answers.jobs]
-    return redact("\n".join(texts(answers.request)), kinds, regions), redact("\n".join(given), kinds, regions)
+    given = [settings.guard.refusal] if answers.guarded else [shown.text for shown in answers.shown]
+    asked = answers.screened.texts if answers.screened is not None else texts(answers.request)
+    return redact("\n".join(asked), kinds, regions), redact("\n".join(given), kinds, regions)
 
 
 def measure(row: Mapping[str, object], waiting: int) -> None:
@@ -82,6 +95,11 @@ def measure(row: Mapping[str, object], waiting: int) -> None:
     metrics.REQUESTS.labels(row["route"], row["status"]).inc()
     for kind in ("prompt", "completion"):
         metrics.TOKENS.labels(kind).inc(float(str(row[f"{kind}_tokens"])))
+    if isinstance(verdict := row["verdict"], dict):
+        metrics.GUARDED.labels(verdict["action"]).inc()
+        for one in (verdict["in"], *verdict["out"]):
+            for tier, milliseconds in one["ms"].items():
+                metrics.GUARD.labels(tier).observe(milliseconds / 1e3)
     if row["first"] is not None:
         metrics.FIRST.observe(float(str(row["first"])))
         metrics.TOTAL.observe(float(str(row["total"])))

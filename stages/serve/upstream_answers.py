@@ -171,6 +171,6 @@ class UpstreamAnswers(Answers):
     def _count(self, asked: int, given: int) -> None:
         self._told_usage = Usage(prompt_tokens=asked, completion_tokens=given, total_tokens=asked + given)
 
-    def _told(self, job: Job) -> Any:
+    def _told(self, index: int) -> Any:
         wanted = self.request.logprobs
-        return None if wanted is None or wanted is False else job.logprobs
+        return None if wanted is None or wanted is False else self.shown[index].logprobs
