@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -62,6 +63,7 @@ def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: St
     """Put a loaded model behind the routes, and start its slots."""
     settings = assistant.settings
     app.state.assistant, app.state.keyring, app.state.store = assistant, keyring, store
+    app.state.rating = anyio.CapacityLimiter(4)  # threads of its own: a slow database must not take those of the answers
     app.state.scheduler = Scheduler(
         assistant.engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept()
     )
@@ -149,9 +151,9 @@ def _others(app: FastAPI) -> None:
         now, key = time.time(), request.state.note.key
         row = {"at": now, "answer_id": rating.id, "digest": app.state.assistant.digest, "key": key.id if key else None, **rating.model_dump(exclude={"id"})}
         try:
-            await anyio.to_thread.run_sync(app.state.store.rate, row)
+            await anyio.to_thread.run_sync(app.state.store.rate, row, limiter=app.state.rating)
         except SQLAlchemyError as error:
-            log.exception("a rating was not written")
+            log.error("a rating was not written: %s", type(error).__name__)  # the error's text may quote the rating
             raise Refused(503, "the rating could not be stored: come again", code="store_unavailable", retry_after=10) from error
         return FeedbackReply(id=rating.id, created=int(now))
 

@@ -126,10 +126,11 @@ def main() -> None:
     from conf.schema import Serve
     from stages.serve.api import create_app, open_service
     from stages.serve.assistant import Assistant
+    from stages.serve.database import address
     from stages.serve.engine import open_engine
     from stages.serve.guard import Guard
     from stages.serve.keys import Keyring
-    from stages.serve.store import Store, address
+    from stages.serve.store import Store
 
     settings: Serve = conf.load("serve")
     folder = Path("models/redteam/guard")
