@@ -67,18 +67,19 @@ class Answers:
             raise Refused(400, "stream_options needs stream: true", "stream_options", "invalid_value")
         if self.count > (most := self.assistant.settings.limits.waiting):
             raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
+        prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request)  # refuses what is too long before the guard reads it
         self.verdict = await anyio.to_thread.run_sync(self.assistant.verdict, self.request)
         if self.guarded:
             return
-        jobs = await anyio.to_thread.run_sync(self._make)
+        jobs = await anyio.to_thread.run_sync(self._make, prompts)
         try:
             self.scheduler.submit(jobs)
         except Full:  # nothing was begun, and nothing is charged
             raise Refused(429, "the service has as much to do as it can hold: come again", code="overloaded", retry_after=self.scheduler.wait()) from None
         self.jobs = jobs
 
-    def _make(self) -> list[Job]:
-        prompts, each = self.assistant.prompts(self.request), self.request.n or 1
+    def _make(self, prompts: list[list[int]]) -> list[Job]:
+        each = self.request.n or 1
         return [self._job(prompt, p * each + i, i) for p, prompt in enumerate(prompts) for i in range(each)]
 
     def _job(self, prompt: list[int], index: int, sample: int) -> Job:

@@ -87,6 +87,7 @@ class Assistant:
             Refused: one is too long, or the chat template does not take it.
         """
         chat = self.engine.chat
+        self._check_length(request)
         if isinstance(request, ChatRequest):
             where, named = "messages", {"developer": "system"}
             turns = [{"role": named.get(turn.role, turn.role), "content": chat.defuse(turn.text())} for turn in request.messages]
@@ -103,6 +104,15 @@ class Assistant:
                 what = f"{where} has {len(prompt)} tokens; the limit is {self.settings.max_prompt_tokens}"
                 raise Refused(400, what, where, "context_length_exceeded")
         return found
+
+    def _check_length(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse by the number of characters what is too long in any case, before it costs anything."""
+        chat, most = isinstance(request, ChatRequest), self.settings.max_prompt_tokens
+        lengths = [len(text) for text in texts(request)]
+        if (length := sum(lengths) if chat else max(lengths)) > most * self.engine.chat.longest:
+            where = "messages" if chat else "prompt"
+            what = f"{where} has {length} characters; the limit is {most} tokens, which are {most * self.engine.chat.longest} characters at most"
+            raise Refused(400, what, where, "context_length_exceeded")
 
     def sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         """How the answers are drawn."""
