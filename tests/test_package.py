@@ -145,6 +145,8 @@ def test_the_requirements_are_exactly_the_imports() -> None:
         "python-stdnum",  # stages.pii imports its modules by name
         "psycopg",  # SQLAlchemy imports the driver that the URL names
         "psycopg-binary",
+        "httptools",  # uvicorn takes it where it is
+        "uvloop",
     }
     assert all("==" in line and "+" not in line for line in pinned)
     assert "torch" in {line.partition("==")[0] for line in requirements("transformers")}

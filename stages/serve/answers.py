@@ -14,10 +14,11 @@ import anyio.to_thread
 import orjson
 from pydantic import BaseModel
 
+from stages.serve.admission import Full
 from stages.serve.assistant import Assistant
 from stages.serve.refusals import Refused
 from stages.serve.replies import ChatForm, Piece, TextForm
-from stages.serve.scheduler import Full, Job, Scheduler
+from stages.serve.scheduler import Job, Scheduler
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
 
@@ -67,15 +68,20 @@ class Answers:
             raise Refused(400, "stream_options needs stream: true", "stream_options", "invalid_value")
         if self.count > (most := self.assistant.settings.limits.waiting):
             raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
-        prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request)  # refuses what is too long before the guard reads it
-        self.verdict = await anyio.to_thread.run_sync(self.assistant.verdict, self.request)
+        try:
+            with self.scheduler.admission.entering(self.count):
+                await self._enter()
+        except Full:
+            raise self.scheduler.admission.refusal() from None
+
+    async def _enter(self) -> None:
+        threads = self.scheduler.admission.threads
+        prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request, limiter=threads)  # refuses what is too long for the guard to read
+        self.verdict = await anyio.to_thread.run_sync(self.assistant.verdict, self.request, limiter=threads)
         if self.guarded:
             return
-        jobs = await anyio.to_thread.run_sync(self._make, prompts)
-        try:
-            self.scheduler.submit(jobs)
-        except Full:  # nothing was begun, and nothing is charged
-            raise Refused(429, "the service has as much to do as it can hold: come again", code="overloaded", retry_after=self.scheduler.wait()) from None
+        jobs = await anyio.to_thread.run_sync(self._make, prompts, limiter=threads)
+        self.scheduler.submit(jobs)
         self.jobs = jobs
 
     def _make(self, prompts: list[list[int]]) -> list[Job]:

@@ -46,7 +46,7 @@ ALWAYS = {
     403: "the key lacks the scope",
     408: "the body came too slowly",
     413: "the body is too long",
-    429: "over a budget, or the queue is full",
+    429: "over a budget, or the service has too much to do",
 }
 ANSWER = ALWAYS | {400: "a parameter is wrong or not supported", 404: "no such model", 500: "the engine failed", 503: "shutting down", 504: "it took too long"}
 STREAM = {"description": "the answer, or with `stream: true` its pieces", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
@@ -65,7 +65,12 @@ def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: St
     app.state.assistant, app.state.keyring, app.state.store = assistant, keyring, store
     app.state.rating = anyio.CapacityLimiter(4)  # threads of its own: a slow database must not take those of the answers
     app.state.scheduler = Scheduler(
-        assistant.engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept()
+        assistant.engine,
+        slots=settings.engine.threads,
+        batch=settings.engine.batch,
+        most_waiting=settings.limits.waiting,
+        first_token=settings.limits.first_token_seconds,
+        kept=assistant.kept(),
     )
     if keyring.open:
         log.warning("the service is open: anybody may ask. TRUNKLINE_API_KEYS names the keys, `python -m stages.serve.keys <name>` makes one")

@@ -119,7 +119,7 @@ def _of_ours(name: str, tensors: dict[str, np.ndarray], heads: dict[str, int]) -
 
 
 def main() -> None:
-    """Serve ours."""
+    """Serve ours: on the port, the engine of the pipeline or that of a folder."""
     import uvicorn
 
     import conf
@@ -133,9 +133,9 @@ def main() -> None:
     from stages.serve.store import Store
 
     settings: Serve = conf.load("serve")
-    folder = Path("models/redteam/guard")
+    folder, engine = Path("models/redteam/guard"), Path(sys.argv[2]) if len(sys.argv) > 2 else ENGINE
     assistant = Assistant(
-        name="ours", digest=sha256(ENGINE), engine=open_engine(ENGINE, settings.engine, batches=True), guard=Guard(folder if folder.is_dir() else None, settings.guard),
+        name="ours", digest=sha256(engine), engine=open_engine(engine, settings.engine, batches=True), guard=Guard(folder if folder.is_dir() else None, settings.guard),
         settings=settings,
     )  # fmt: skip
     app = create_app()
