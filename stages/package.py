@@ -52,7 +52,8 @@ SERVICE = "stages.serve.service"
 ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 """Engine -> the distributions that it imports."""
 IMPORTED = ("anyio", "bentoml", "fastapi", "httptools", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers",
-            "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tenacity", "tokenizers", "uvloop")  # fmt: skip
+            "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tenacity",
+            "tokenizers", "uvloop")  # fmt: skip
 """Distributions that the service imports, whatever its engine; uvicorn takes httptools and uvloop where they are."""
 MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
 """Distributions whose versions the provenance names."""
