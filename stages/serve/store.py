@@ -6,6 +6,10 @@ seconds after the answer at the latest, and a kill within that time loses it. Wh
 seconds and MOST_WAITING events wait; what comes to nothing is counted as `dropped`. A row that the database does not take is counted as `refused`, and the
 others of its batch are written.
 
+SQLite is the embedded default because it is faster where a service is: one row is on the disk in 4.0 ms (median; 99th percentile 12.2), against 8.0 and 16.0 for a
+Parquet file read by DuckDB, and a user's rows are gone in 0.03 s against 0.27. It writes 31,000 rows a second in batches against 67,000, answers the 95th percentile by
+route in 0.34 s against 0.13, and takes 48 MiB against 6. A kill -9 lost nothing of either (`tests/bench/events.py`, at 100,000 rows on two shared cores).
+
     python -m stages.serve.store forget <user> [--key <id>]   # remove the events and the ratings of a user, or of a key
     python -m stages.serve.store removals                     # what was removed when, by retention and by `forget`, as JSON lines
 """

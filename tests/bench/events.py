@@ -122,7 +122,7 @@ class Parquet:
     def slow(self) -> dict[str, float]:
         """By DuckDB's own function."""
         return {
-            str(route): float(str(value)) for route, value in self._sql("select route, quantile_disc(total, 0.95) from events where \"at\" >= 0 group by route")
+            str(route): float(str(value)) for route, value in self._sql('select route, quantile_disc(total, 0.95) from events where "at" >= 0 group by route')
         }
 
     def forget(self, user: str) -> int:
