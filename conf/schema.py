@@ -837,6 +837,8 @@ class ServeLimits:
 
     waiting: Count = 64
     """Most answers that wait for the engine; further requests get a 429 with Retry-After."""
+    first_token_seconds: Positive = 5.0
+    """What the service promises: the first token comes within this time. A request of which that is not to be expected gets a 429 at once."""
     body: Count = 1_000_000
     """Bytes of a request; a longer one is a 413."""
     seconds: Positive = 120.0

@@ -52,11 +52,10 @@ OUT = Path("models/package")
 SERVICE = "stages.serve.service"
 ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "upstream": ("openai",)}
 """Engine -> the distributions that it imports."""
-IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2", "jinja2",
-             "kingfisher-secret-scanner", "limits", "llguidance",
-            "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client",
-            "pydantic", "python-stdnum", "regex", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip
-"""Distributions that the service imports, whatever its engine."""
+IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2", "httptools", "jinja2", "kingfisher-secret-scanner", "limits", "llguidance",
+            "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "regex",
+            "safetensors", "SQLAlchemy", "starlette", "tenacity", "tokenizers", "uvloop")  # fmt: skip
+"""Distributions that the service imports, whatever its engine; uvicorn takes httptools and uvloop where they are."""
 MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
 """Distributions whose versions the provenance names."""
 

@@ -91,13 +91,15 @@ def serve(engine: Path, folder: Path, serve: Serve, keys: Sequence[Key] = (), ma
 
 
 @contextmanager
-def process(engine: Path, folder: Path, environment: Mapping[str, str], waiting: int = 64) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Run it in a process of its own, which the caller may kill."""
+def process(
+    engine: Path, folder: Path, environment: Mapping[str, str], waiting: int = 64, events: str | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run it in a process of its own, which the caller may kill; `events`: URL of its database, else one in the folder."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     started = subprocess.Popen(
-        [sys.executable, "-m", "tests.served", str(engine), str(folder / "events.sqlite"), str(port), str(waiting)], env=dict(environment)
+        [sys.executable, "-m", "tests.served", str(engine), events or f"sqlite:///{folder / 'events.sqlite'}", str(port), str(waiting)], env=dict(environment)
     )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -117,5 +119,5 @@ def process(engine: Path, folder: Path, environment: Mapping[str, str], waiting:
 if __name__ == "__main__":
     app = create_app()
     wanted = settings(max_tokens=512, max_prompt_tokens=1000, limits=ServeLimits(waiting=int(sys.argv[4])))
-    open_service(app, assistant(Path(sys.argv[1]), wanted), Keyring([]), Store(f"sqlite:///{sys.argv[2]}", 30))
+    open_service(app, assistant(Path(sys.argv[1]), wanted), Keyring([]), Store(sys.argv[2], 30))
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="warning")

@@ -195,3 +195,21 @@ def test_sigterm_lets_answers_end_and_takes_no_more(engine: Path, tmp_path: Path
             httpx.get(f"{url}/readyz")
     with sqlite3.connect(tmp_path / "events.sqlite") as database:
         assert database.execute("select count(*) from events where status = 200").fetchone() == (1,), "what waited to be written was written"
+
+
+@pytest.mark.parametrize("length", [1000, 900_000], ids=["by-tokens", "by-characters"])
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_what_is_too_long_is_refused_before_the_guard_reads_it(engine: Path, tmp_path: Path, route: str, length: int) -> None:
+    content = "where is my order? " * (length // 19)
+    short, long = ({"messages": [{"role": "user", "content": text}]} if route.startswith("chat") else {"prompt": ["a", text]} for text in ("hello", content))
+    with serve(engine, tmp_path, settings()) as served:
+        assert httpx.post(f"{served.url}/v1/{route}", json=short | {"model": NAME}).status_code == 200
+        spent = time.process_time()
+        reply = httpx.post(f"{served.url}/v1/{route}", json=long | {"model": NAME})
+        spent = time.process_time() - spent
+        assert reply.status_code == 400 and reply.json()["error"]["code"] == "context_length_exceeded"
+        assert ("tokens; the limit is 200" if length == 1000 else "characters; the limit is 200 tokens") in reply.json()["error"]["message"]
+    assert spent < 0.5, "it cost processor time"
+    with sqlite3.connect(tmp_path / "events.sqlite") as database:
+        verdicts = database.execute("select verdict from events order by at").fetchall()
+    assert "allowed" in verdicts[0][0] and verdicts[1][0] in (None, "null", "{}")

@@ -142,7 +142,11 @@ def test_the_requirements_are_exactly_the_imports() -> None:
     known = importlib.metadata.packages_distributions() | {"opentelemetry": ["opentelemetry-api"]}  # a namespace of many
     needed = {known[name][0] for name in imported - set(sys.stdlib_module_names) - {"conf", "stages"}}
     assert {line.partition("==")[0].lower().replace("_", "-") for line in pinned} == {name.lower().replace("_", "-") for name in needed} | {
-        "python-stdnum"  # stages.pii imports its modules by name
+        "python-stdnum",  # stages.pii imports its modules by name
+        "psycopg",  # SQLAlchemy imports the driver that the URL names
+        "psycopg-binary",
+        "httptools",  # uvicorn takes it where it is
+        "uvloop",
     }
     assert all("==" in line and "+" not in line for line in pinned)
     assert "torch" in {line.partition("==")[0] for line in requirements("transformers")}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from conf.schema import EngineSettings
+from stages.serve.admission import Full
 from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.scheduler import Full, Job, Scheduler
+from stages.serve.scheduler import Job, Scheduler
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from tests.served import endless, model

@@ -1,14 +1,9 @@
-"""Events, ratings and traces: what is written, what is not, and that a kill loses nothing that was acknowledged."""
+"""Events, ratings and traces: what is written of a request, what is not, and where it goes."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -17,8 +12,9 @@ import pytest
 
 from conf.errors import ConfigError
 from conf.schema import Events
-from stages.serve.store import VARIABLE, Store, address
-from tests.served import DIGEST, NAME, Served, model, process, serve, settings
+from stages.serve.database import VARIABLE, address
+from stages.serve.store import Store
+from tests.served import DIGEST, NAME, Served, model, serve, settings
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "where is my order"}], "max_tokens": 3}
 PERSONAL = "my mail is ann.smith@example.org, card 4111 1111 1111 1111"
@@ -79,53 +75,8 @@ def test_each_request_is_an_event_and_texts_are_kept_masked_only_where_allowed(e
     assert not any("order" in str(value) for value in span.attributes.values())
 
 
-def test_old_events_go_and_a_user_is_forgotten(tmp_path: Path) -> None:
-    file = tmp_path / "events.sqlite"
-    base = {"digest": DIGEST, "route": "x", "streamed": False, "status": 200, "prompt_tokens": 1, "completion_tokens": 1, "total": 0.1}
-    store = Store(f"sqlite:///{file}", 30)
-    for number, (user, days) in enumerate((("a", 0), ("b", 0), ("a", 31))):
-        store.put(base | {"id": str(number), "user": user, "at": time.time() - days * 86_400})
-    store.rate({"at": time.time(), "answer_id": "0", "rating": "up", "user": "a", "digest": DIGEST})
-    store.close()
-    assert len(rows(file, "select id from events")) == 3
-    Store(f"sqlite:///{file}", 30).close()  # sweeps at its start
-    assert rows(file, "select id from events order by id") == [("0",), ("1",)]
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.serve.store", "forget", "a"], env=os.environ | {VARIABLE: str(file)}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "removed 2 rows\n" and rows(file, "select id from events") == [("1",)] and rows(file, "select * from ratings") == []
-
-
-def test_a_kill_loses_no_acknowledged_rating_and_no_event_older_than_the_flush(engine: Path, tmp_path: Path) -> None:
-    with process(engine, tmp_path, os.environ) as (url, server):
-        acknowledged: list[str] = []
-        answered: list[tuple[float, str]] = []
-
-        def rate() -> None:
-            try:
-                for number in range(10_000):
-                    reply = httpx.post(f"{url}/v1/chat/completions", json=ASK)
-                    answered.append((time.monotonic(), reply.json()["id"]))
-                    name = f"cmpl-{number:032x}"
-                    if httpx.post(f"{url}/v1/feedback", json={"id": name, "rating": "up"}).status_code == 200:
-                        acknowledged.append(name)
-            except httpx.TransportError:
-                return
-
-        rater = threading.Thread(target=rate)
-        rater.start()
-        while len(acknowledged) < 25:
-            time.sleep(0.01)
-        server.send_signal(signal.SIGKILL)
-        killed = time.monotonic()
-        rater.join(30)
-    stored = {row[0] for row in rows(tmp_path / "events.sqlite", "select answer_id from ratings")}
-    assert set(acknowledged) <= stored and len(acknowledged) >= 25
-    written = {row[0] for row in rows(tmp_path / "events.sqlite", "select id from events")}
-    assert {name for at, name in answered if at < killed - 2} <= written and written
-
-
-def test_a_broken_database_costs_events_and_no_answer(engine: Path, tmp_path: Path) -> None:
+def test_a_broken_database_costs_events_and_no_answer(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.serve.store.PATIENCE", 1.0)
     with serve(engine, tmp_path, settings()) as served:
         with sqlite3.connect(tmp_path / "events.sqlite") as database:
             database.execute("drop table events")

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError, ModelError
-from conf.schema import EngineSettings, Guard, Serve, ServeLimits, Upstream
+from conf.schema import EngineSettings, Serve, ServeGuard, ServeLimits, Upstream
 from stages.files import write_json
 from stages.pii import find
 from stages.serve.assistant import Assistant
@@ -62,7 +62,7 @@ def card(folder: Path, url: str, **more: object) -> Upstream:
 def assistant(folder: Path, url: str, limits: ServeLimits | None = None, **more: object) -> Assistant:
     named = card(folder, url, **more)
     limits = limits or ServeLimits()
-    chosen = Serve(engine=EngineSettings(kind="upstream"), upstream=named, guard=Guard(rules=RULES), system="Be brief.", max_tokens=200, limits=limits)
+    chosen = Serve(engine=EngineSettings(kind="upstream"), upstream=named, guard=ServeGuard(rules=RULES), system="Be brief.", max_tokens=200, limits=limits)
     return Assistant(name=NAME, digest=DIGEST, engine=open_engine(folder, chosen.engine), guard=Watch(None, chosen.guard), settings=chosen)
 
 

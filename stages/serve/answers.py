@@ -17,12 +17,13 @@ import anyio.to_thread
 import orjson
 from pydantic import BaseModel
 
-from stages.serve.assistant import Assistant
+from stages.serve.admission import Full
+from stages.serve.assistant import Assistant, texts
 from stages.serve.guard.guard import Screened
 from stages.serve.guard.verdict import worst
 from stages.serve.refusals import Refused
 from stages.serve.replies import ChatForm, Piece, TextForm
-from stages.serve.scheduler import Full, Job, Scheduler
+from stages.serve.scheduler import Job, Scheduler
 from stages.serve.shown import Shown
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
@@ -89,18 +90,24 @@ class Answers:
             raise Refused(400, "stream_options needs stream: true", "stream_options", "invalid_value")
         if self.count > (most := self.assistant.settings.limits.waiting):
             raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
-        self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request)
+        try:
+            with self.scheduler.admission.entering(self.count):
+                await self._enter()
+        except Full:
+            raise self.scheduler.admission.refusal() from None
+
+    async def _enter(self) -> None:
+        threads = self.scheduler.admission.threads
+        await anyio.to_thread.run_sync(self.assistant.prompts, self.request, texts(self.request), limiter=threads)  # refuses what is too long for the guard
+        self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request, limiter=threads)
         if self.guarded:
             return
-        jobs = await anyio.to_thread.run_sync(self._make, self.screened)
-        try:
-            self.scheduler.submit(jobs)
-        except Full:  # nothing was begun, and nothing is charged
-            raise Refused(429, "the service has as much to do as it can hold: come again", code="overloaded", retry_after=self.scheduler.wait()) from None
+        jobs = await anyio.to_thread.run_sync(self._make, self.screened, limiter=threads)
+        self.scheduler.submit(jobs)
         self.jobs = jobs
 
     def _make(self, screened: Screened) -> list[Job]:
-        prompts, each = self.assistant.prompts(self.request, screened), self.request.n or 1
+        prompts, each = self.assistant.prompts(self.request, screened.texts), self.request.n or 1
         self.shown = [Shown(watch=self.assistant.watch(self.request, screened)) for _ in range(len(prompts) * each)]
         return [self._job(prompt, p * each + i, i) for p, prompt in enumerate(prompts) for i in range(each)]
 

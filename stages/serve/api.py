@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -50,7 +51,7 @@ ALWAYS = {
     403: "the key lacks the scope, or the request may not leave for an upstream model",
     408: "the body came too slowly",
     413: "the body is too long",
-    429: "over a budget, or the queue is full",
+    429: "over a budget, or the service has too much to do",
 }
 ANSWER = ALWAYS | {
     400: "a parameter is wrong or not supported",
@@ -73,6 +74,7 @@ def errors(meanings: dict[int, str]) -> dict[int | str, dict[str, Any]]:
 def open_service(app: FastAPI, assistant: Assistant, keyring: Keyring, store: Store) -> None:
     """Put a loaded model behind the routes, and start its slots."""
     app.state.assistant, app.state.keyring, app.state.store = assistant, keyring, store
+    app.state.rating = anyio.CapacityLimiter(4)  # threads of its own: a slow database must not take those of the answers
     app.state.scheduler = _scheduler(assistant)
     if keyring.open:
         log.warning("the service is open: anybody may ask. TRUNKLINE_API_KEYS names the keys, `python -m stages.serve.keys <name>` makes one")
@@ -82,7 +84,14 @@ def _scheduler(assistant: Assistant) -> Scheduler | Line:
     engine, settings = assistant.engine, assistant.settings
     if settings.engine.kind == "upstream":
         return Line(cast("UpstreamEngine", engine), settings.limits.waiting)
-    return Scheduler(engine, slots=settings.engine.threads, batch=settings.engine.batch, most_waiting=settings.limits.waiting, kept=assistant.kept())
+    return Scheduler(
+        engine,
+        slots=settings.engine.threads,
+        batch=settings.engine.batch,
+        most_waiting=settings.limits.waiting,
+        first_token=settings.limits.first_token_seconds,
+        kept=assistant.kept(),
+    )
 
 
 def close_service(app: FastAPI) -> None:
@@ -178,9 +187,9 @@ def _others(app: FastAPI) -> None:
         now, key = time.time(), request.state.note.key
         row = {"at": now, "answer_id": rating.id, "digest": app.state.assistant.digest, "key": key.id if key else None, **rating.model_dump(exclude={"id"})}
         try:
-            await anyio.to_thread.run_sync(app.state.store.rate, row)
+            await anyio.to_thread.run_sync(app.state.store.rate, row, limiter=app.state.rating)
         except SQLAlchemyError as error:
-            log.exception("a rating was not written")
+            log.error("a rating was not written: %s", type(error).__name__)  # the error's text may quote the rating
             raise Refused(503, "the rating could not be stored: come again", code="store_unavailable", retry_after=10) from error
         return FeedbackReply(id=rating.id, created=int(now))
 

@@ -94,23 +94,24 @@ class Assistant:
         ours = self.settings.system if isinstance(request, ChatRequest) and request.messages[0].role not in ("system", "developer") else None
         return self.outgoing.watch(screened.system or ours or "", screened.own)
 
-    def prompts(self, request: ChatRequest | CompletionRequest, screened: Screened) -> list[list[int]]:
-        """The prompts of a request as tokens, one of a conversation, with what the guard masked.
+    def prompts(self, request: ChatRequest | CompletionRequest, shown: Sequence[str]) -> list[list[int]]:
+        """The prompts of a request as tokens, one of a conversation. Args: shown: its texts as the model may read them.
 
         Raises:
             Refused: one is too long, or the chat template does not take it.
         """
         chat = self.engine.chat
+        self._check_length(request)
         if isinstance(request, ChatRequest):
             where, named = "messages", {"developer": "system"}
             roles = [named.get(turn.role, turn.role) for turn in request.messages]
-            turns = [{"role": role, "content": chat.defuse(text)} for role, text in zip(roles, screened.texts, strict=True)]
+            turns = [{"role": role, "content": chat.defuse(text)} for role, text in zip(roles, shown, strict=True)]
             try:
                 found = [chat.prompt(self._with_system(turns))]
             except ModelError as error:
                 raise Refused(400, error.what, where, "invalid_value") from error
         else:
-            where, found = "prompt", [chat.encode(chat.defuse(text)) for text in screened.texts]
+            where, found = "prompt", [chat.encode(chat.defuse(text)) for text in shown]
         for prompt in found:
             if not prompt:
                 raise Refused(400, f"{where} is empty", where, "invalid_value")
@@ -118,6 +119,15 @@ class Assistant:
                 what = f"{where} has {len(prompt)} tokens; the limit is {self.settings.max_prompt_tokens}"
                 raise Refused(400, what, where, "context_length_exceeded")
         return found
+
+    def _check_length(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse by the number of characters what is too long in any case, before it costs anything."""
+        chat, most = isinstance(request, ChatRequest), self.settings.max_prompt_tokens
+        lengths = [len(text) for text in texts(request)]
+        if (length := sum(lengths) if chat else max(lengths)) > most * self.engine.chat.longest:
+            where = "messages" if chat else "prompt"
+            what = f"{where} has {length} characters; the limit is {most} tokens, which are {most * self.engine.chat.longest} characters at most"
+            raise Refused(400, what, where, "context_length_exceeded")
 
     def sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         """How the answers are drawn."""

@@ -7,6 +7,7 @@ Jinja environment is that of transformers' `apply_chat_template` (sandboxed, imm
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -95,6 +96,11 @@ class Chat:
             return self._compiled.render(messages=copied, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._special)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:  # the others: of what it does to a value
             raise ModelError(f"the chat template refuses the conversation: {error}", "check the roles and their order") from error
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters of the longest token: a text of n characters has at least n / longest tokens."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """Token ids after which the assistant's answer follows: `render`, then `encode`, as transformers does."""

@@ -15,7 +15,8 @@ from stages.serve.keys import Keyring
 from stages.serve.record import Note, event, measure, trace_answer
 from stages.serve.refusals import Refused
 
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/models")
+ANSWERS = ("/v1/chat/completions", "/v1/completions")
+ROUTES = (*ANSWERS, "/v1/feedback", "/v1/models")
 
 
 class Door:
@@ -43,6 +44,8 @@ class Door:
 
         try:
             note.key = state.keyring.admit(headers.get("authorization", ""), "feedback" if note.route == "/v1/feedback" else "answer")
+            if scope["method"] == "POST" and note.route in ANSWERS and state.scheduler.admission.full():
+                raise state.scheduler.admission.refusal()  # before a byte of the body is read: turning away must cost next to nothing
             body = await _body(receive, headers, state.assistant.settings.limits.body, state.assistant.settings.limits.upload_seconds)
             await self._app(scope, _replay(body, receive), telling)
         except Refused as refused:

@@ -25,9 +25,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
+from limits.strategies import FixedWindowRateLimiter, RateLimiter, SlidingWindowCounterRateLimiter
 from pydantic import AwareDatetime, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -97,8 +97,7 @@ class Keyring:
     def __init__(self, keys: Sequence[Key]) -> None:
         """Args: keys: none: everybody may."""
         self._keys = {key.id: key for key in keys}
-        storage = MemoryStorage()
-        self._requests, self._tokens = SlidingWindowCounterRateLimiter(storage), FixedWindowRateLimiter(storage)
+        self._requests, self._tokens = SlidingWindowCounterRateLimiter(MemoryStorage()), FixedWindowRateLimiter(MemoryStorage())
 
     @property
     def open(self) -> bool:
@@ -120,26 +119,24 @@ class Keyring:
         if scope not in key.scopes:
             raise Refused(403, f"the key {key.id} has no scope {scope!r}", code="insufficient_scope")
         if key.tokens_per_minute is not None:
-            tokens = RateLimitItemPerMinute(key.tokens_per_minute)
-            if not self._tokens.test(tokens, "tokens", key.id):
-                at = self._tokens.get_window_stats(tokens, "tokens", key.id).reset_time
-                raise Refused(
-                    429,
-                    f"the key {key.id} has used its {key.tokens_per_minute} tokens of this minute",
-                    code="rate_limit_exceeded",
-                    retry_after=at - time.time(),
-                )
+            self._within(self._tokens, key, f"used its {key.tokens_per_minute} tokens", RateLimitItemPerMinute(key.tokens_per_minute), 0)
         if key.requests_per_minute is not None:
-            requests = RateLimitItemPerMinute(key.requests_per_minute)
-            if not self._requests.hit(requests, "requests", key.id):
-                at = self._requests.get_window_stats(requests, "requests", key.id).reset_time
-                raise Refused(
-                    429,
-                    f"the key {key.id} has made its {key.requests_per_minute} requests of this minute",
-                    code="rate_limit_exceeded",
-                    retry_after=at - time.time(),
-                )
+            self._within(self._requests, key, f"made its {key.requests_per_minute} requests", RateLimitItemPerMinute(key.requests_per_minute), 1)
         return key
+
+    def _within(self, limiter: RateLimiter, key: Key, what: str, budget: RateLimitItem, cost: int) -> None:
+        """Take from a budget.
+
+        Args:
+            what: the key has done when the budget is used up.
+            cost: 0: only look whether anything is left.
+
+        Raises:
+            Refused: 429: there is not enough left.
+        """
+        if not (limiter.hit(budget, key.id, cost=cost) if cost else limiter.test(budget, key.id)):
+            until = limiter.get_window_stats(budget, key.id).reset_time
+            raise Refused(429, f"the key {key.id} has {what} of this minute", code="rate_limit_exceeded", retry_after=until - time.time())
 
     def _find(self, given: str) -> Key:
         match = FORM.fullmatch(given)
@@ -155,11 +152,7 @@ class Keyring:
     def charge(self, key: Key | None, tokens: int) -> None:
         """Take tokens from a key's budget."""
         if key is not None and key.tokens_per_minute is not None and tokens:
-            self._tokens.hit(RateLimitItemPerMinute(key.tokens_per_minute), "tokens", key.id, cost=tokens)
-
-
-def _over(key: Key, what: str, until: float) -> Refused:
-    return Refused(429, f"the key {key.id} has {what} of this minute", code="rate_limit_exceeded", retry_after=until - time.time())
+            self._tokens.hit(RateLimitItemPerMinute(key.tokens_per_minute), key.id, cost=tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

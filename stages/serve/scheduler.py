@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from conf.errors import ModelError
+from stages.serve.admission import Admission, Full
 from stages.serve.engine import Engine, Sampling
 from stages.serve.refusals import Refused
 from stages.serve.steering import Steering, TokenLogprob
@@ -43,10 +44,6 @@ STEP, ROW = 14, 1
 answer, 23 for eight and 32 for sixteen, and encoding takes 0.9 to 1.3 ms a token."""
 
 log = logging.getLogger(__name__)
-
-
-class Full(Exception):
-    """The queue is at its bound."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,6 +67,8 @@ class Job:
     failure: Refused | None = None
     """What an upstream model said in place of an answer."""
     arrived: float = field(default_factory=time.monotonic)
+    place: int = 1
+    """Which in the house it was when it came; 1: nobody was there."""
     started: float | None = None
     """When a slot first took it."""
     first: float | None = None
@@ -134,21 +133,22 @@ class Turn:
 class Scheduler:
     """Runs jobs on an engine."""
 
-    def __init__(self, engine: Engine, *, slots: int, batch: int, most_waiting: int, kept: Sequence[int] = ()) -> None:
+    def __init__(self, engine: Engine, *, slots: int, batch: int, most_waiting: int, first_token: float = float("inf"), kept: Sequence[int] = ()) -> None:
         """Start the slots.
 
         Args:
             engine: opened with `batches`; `slots` batches run on it at a time.
             batch: most answers in one.
             most_waiting: bound of the queue, in answers.
+            first_token: seconds within which an answer that is let in shall have its first token.
             kept: what most prompts begin with; encoded once.
         """
         self._engine, self._batch, self._most, self._kept = engine, batch, most_waiting, list(kept)
         self._waiting: deque[Job] = deque()
         self._change = threading.Condition()
-        self._busy, self._closed, self._slots = 0, False, slots
+        self._busy, self._working, self._closed, self._slots = 0, 0, False, slots
         engine.keep(self._kept)
-        self._pace = 0.0
+        self.admission = Admission(most_waiting, first_token, lambda: len(self._waiting), lambda: self._working)
         self._threads = [threading.Thread(target=self._run, name=f"slot-{i}") for i in range(slots)]
         for thread in self._threads:
             thread.start()
@@ -157,10 +157,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Answers that no slot has taken."""
         return len(self._waiting)
-
-    def wait(self) -> float:
-        """Seconds until what waits now has been taken, about."""
-        return len(self._waiting) * self._pace / self._slots
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the answers of one request, all or none.
@@ -171,7 +167,9 @@ class Scheduler:
         with self._change:
             if self._closed or len(self._waiting) + len(jobs) > self._most:
                 raise Full
-            self._waiting.extend(jobs)
+            for job in jobs:
+                self._waiting.append(job)
+                job.place = self._working + len(self._waiting)
             self._change.notify_all()
 
     def close(self) -> None:
@@ -201,8 +199,7 @@ class Scheduler:
                 jobs = self._take()
                 if not jobs:
                     continue
-                self._busy += 1
-            began = time.monotonic()
+                self._busy, self._working = self._busy + 1, self._working + len(jobs)
             try:
                 self._work(jobs)
             except Exception as error:  # one answer must not take the slot with it: it is told, and the log has the traceback
@@ -210,8 +207,7 @@ class Scheduler:
                 for job in jobs:
                     job.end("failed", error=str(error))
             with self._change:
-                self._busy -= 1
-                self._pace += ((time.monotonic() - began) / len(jobs) - self._pace) / 8  # seconds of a slot for an answer's turn, averaged over some
+                self._busy, self._working = self._busy - 1, self._working - len(jobs)
                 self._waiting.extend(job for job in jobs if job.reason is None)
                 self._change.notify_all()
 
@@ -241,15 +237,22 @@ class Scheduler:
         else:
             self._draft(jobs[0], jobs[0].steering)
 
+    def _push(self, job: Job, token: int, complete: bool = False) -> bool:
+        """Give a job its token; returns whether the answer is over."""
+        new, over = job.first is None, job.push(token, self._engine.chat.eos_ids, complete)
+        if new and job.first is not None:
+            self.admission.learn(job.place, job.first - job.arrived)
+        return over
+
     def _decode(self, turn: Turn) -> None:
-        jobs, ends = turn.jobs, self._engine.chat.eos_ids
+        jobs = turn.jobs
 
         def on_token(index: int, token: int) -> bool:
             job = jobs[index]
             if job.reason is not None:
                 return True
             turn.spent += ROW
-            if job.push(token, ends) or leave:
+            if self._push(job, token) or leave:
                 return True
             if index == last_alive():
                 turn.spent += STEP
@@ -272,7 +275,7 @@ class Scheduler:
                 token, complete, told = steering.choose(logits)
                 if told is not None and token not in self._engine.chat.eos_ids:
                     job.logprobs.append(told)
-                if job.push(token, self._engine.chat.eos_ids, complete) or token != drafted:
+                if self._push(job, token, complete) or token != drafted:
                     break
         except ModelError as error:  # of the grammar
             job.end("failed", error=error.what)

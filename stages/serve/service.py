@@ -15,8 +15,9 @@ import bentoml
 
 from stages.serve.api import close_service, create_app, open_service
 from stages.serve.assistant import Assistant
+from stages.serve.database import address
 from stages.serve.keys import keyring
-from stages.serve.store import Store, address
+from stages.serve.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,6 +22,8 @@ MARK = "\0"
 class Letters(Chat):
     """In the place of a tokenizer and a chat template."""
 
+    longest = FOUR
+
     def __init__(self, folder: Path) -> None:
         """Args: folder: for messages."""
         self.folder, self.vocab_size, self.eos_ids = folder, 1 << FOUR * BITS, set()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from conf.schema import Classification
+from stages.serve.admission import Admission, Full
 from stages.serve.keys import Key
-from stages.serve.scheduler import Full, Job
+from stages.serve.scheduler import Job
 
 if TYPE_CHECKING:
     from stages.serve.engine_upstream import Client, UpstreamEngine
@@ -31,6 +33,7 @@ class Line:
     def __init__(self, engine: UpstreamEngine, most: int) -> None:
         """Args: most: answers on their way."""
         self.engine, self._most, self.waiting = engine, most, 0
+        self.admission = Admission(most, math.inf, lambda: self.waiting, lambda: 0)
         self._client: Client | None = None
         self._tasks = set[asyncio.Task[None]]()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -41,10 +44,6 @@ class Line:
         if self._client is None:
             self._client, self._loop = self.engine.client(), asyncio.get_running_loop()
         return self._client
-
-    def wait(self) -> float:
-        """Seconds after which to come again."""
-        return 1.0
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Count the answers of one request in, all or none.

@@ -119,22 +119,23 @@ def _of_ours(name: str, tensors: dict[str, np.ndarray], heads: dict[str, int]) -
 
 
 def main() -> None:
-    """Serve ours."""
+    """Serve ours: on the port, the engine of the pipeline or that of a folder."""
     import uvicorn
 
     import conf
     from conf.schema import Serve
     from stages.serve.api import create_app, open_service
     from stages.serve.assistant import Assistant
+    from stages.serve.database import address
     from stages.serve.engine import open_engine
     from stages.serve.guard.guard import Guard
     from stages.serve.keys import Keyring
-    from stages.serve.store import Store, address
+    from stages.serve.store import Store
 
     settings: Serve = conf.load("serve")
-    folder = Path("models/guard")
+    folder, engine = Path("models/guard"), Path(sys.argv[2]) if len(sys.argv) > 2 else ENGINE
     assistant = Assistant(
-        name="ours", digest=sha256(ENGINE), engine=open_engine(ENGINE, settings.engine, batches=True), guard=Guard(folder if folder.is_dir() else None, settings.guard),
+        name="ours", digest=sha256(engine), engine=open_engine(engine, settings.engine, batches=True), guard=Guard(folder if folder.is_dir() else None, settings.guard),
         settings=settings,
     )  # fmt: skip
     app = create_app()

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from tests.bench.rows import Row
 
-NAMES = ("evaluate", "tune", "preprocess", "pipeline", "start_up", "storage", "operate", "serve", "guard", "guard_runtime", "pii")
+NAMES = ("evaluate", "tune", "preprocess", "pipeline", "start_up", "storage", "operate", "serve", "load", "events", "guard", "guard_runtime", "pii")
 
 
 def measure(name: str) -> list[Row]:
