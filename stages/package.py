@@ -49,7 +49,7 @@ INPUTS = (
 """What the provenance gives the digests of."""
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
-ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
+ENGINES = {"ctranslate2": ("ctranslate2",), "llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 """Engine -> the distributions that it imports."""
 IMPORTED = ("anyio", "bentoml", "fastapi", "jinja2", "limits", "llguidance", "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client",
             "pydantic", "python-stdnum", "safetensors", "SQLAlchemy", "starlette", "tokenizers")  # fmt: skip

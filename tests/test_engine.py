@@ -171,7 +171,8 @@ from stages.serve.engine import Sampling, open_engine
 engine = open_engine(pathlib.Path(sys.argv[1]), EngineSettings(threads=1))
 engine.score([([5, 6] * 30, [[7, 8, 9]] * 8)])
 engine.generate([[5, 6]], Sampling(max_tokens=4, stop=("never",)))
-from stages.serve.scheduler import Job, Scheduler
+from stages.serve.jobs import Job
+from stages.serve.scheduler import Scheduler
 from stages.serve.text import TextStream
 import threading, time
 started = threading.Event()

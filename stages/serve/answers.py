@@ -15,9 +15,10 @@ import orjson
 from pydantic import BaseModel
 
 from stages.serve.assistant import Assistant
+from stages.serve.jobs import Full, Job
 from stages.serve.refusals import Refused
 from stages.serve.replies import ChatForm, Piece, TextForm
-from stages.serve.scheduler import Full, Job, Scheduler
+from stages.serve.scheduler import Scheduler
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
 

@@ -22,8 +22,8 @@ from stages.files import sha256
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
 from stages.serve.guard import Guard
+from stages.serve.jobs import Job
 from stages.serve.refusals import Refused
-from stages.serve.scheduler import Job
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from stages.serve.wire import ChatRequest, CompletionRequest, ObjectFormat, SchemaFormat
