@@ -77,7 +77,7 @@ def write_engine(merged: Path, scratch: Path, out: Path, settings: Export, engin
             if engine.kind == "ctranslate2" and reason is None and (recipe := find_recipe(made, BASE, adapter)) is not None:
                 store(made, recipe, BASE, adapter, out / "engine")
                 return "adapter"
-            why = reason or f"no recipe gives a {engine.kind} engine in {engine.quantization} of this base"
+            why = reason or f"no recipe gives a {engine.quantization} engine of this base"
             log.info("export.store=adapter: %s, so the whole engine is stored", why)
         shutil.copytree(made, out / "engine")
     cast(merged, out / "safetensors", settings.dtype)
