@@ -635,15 +635,17 @@ class Tune:
 class EngineSettings:
     """What runs the model: the same in evaluate, redteam and production."""
 
-    kind: Literal["ctranslate2", "transformers", "vllm", "upstream"] = "ctranslate2"
-    """`ctranslate2` on CPU, `vllm` on GPU (in an environment of its own), `transformers` as the reference, `upstream`: the model of somebody
-    else, which `serve.upstream` names."""
-    quantization: Literal["int8", "int8_float32", "int16", "float32", "bfloat16", "float16"] = "int8"
-    """Type of the exported weights."""
+    kind: Literal["ctranslate2", "llamacpp", "transformers", "vllm", "upstream"] = "ctranslate2"
+    """`ctranslate2` on CPU, `llamacpp` on CPU with continuous batching (`pip install -e '.[llamacpp]'`), `vllm` on GPU (in an environment of its
+    own), `transformers` as the reference, `upstream`: the model of somebody else, which `serve.upstream` names."""
+    quantization: Literal["int8", "int8_float32", "int16", "q8_0", "float32", "bfloat16", "float16"] = "int8"
+    """Type of the exported weights. llamacpp: q8_0 or a float type; ctranslate2: all but q8_0; transformers and vllm: a float type."""
     threads: Count = 2
     """CPU threads."""
     batch: Count = 32
     """Sequences at a time; with `upstream`, requests at a time in evaluate and redteam."""
+    context: Count = 8192
+    """llamacpp: tokens of all sequences at a time, prompts and answers. Memory is set aside for them: 23 KB a token for SmolLM2-135M."""
 
 
 Action = Literal["allow", "flag", "mask", "refuse"]
@@ -1180,8 +1182,12 @@ class Config:
         ]
         if self.serve.upstream is not None:
             problems += self._leaving(self.serve.upstream)
-        if self.serve.engine.kind == "transformers" and self.serve.engine.quantization.startswith("int"):
-            problems.append(f"serve.engine.quantization={self.serve.engine.quantization} needs serve.engine.kind=ctranslate2, not transformers")
+        engine = self.serve.engine
+        needed = {"int8": "ctranslate2", "int8_float32": "ctranslate2", "int16": "ctranslate2", "q8_0": "llamacpp"}.get(engine.quantization, engine.kind)
+        if engine.kind not in (needed, "upstream"):
+            problems.append(f"serve.engine.quantization={engine.quantization} needs serve.engine.kind={needed}, not {engine.kind}")
+        if engine.kind == "llamacpp" and (longest := self.serve.max_prompt_tokens + self.serve.max_tokens) > engine.context:
+            problems.append(f"serve.engine.context={engine.context} has no room for one answer: serve.max_prompt_tokens + serve.max_tokens is {longest}")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -50,7 +50,8 @@ INPUTS = (
 """What the provenance gives the digests of."""
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
-ENGINES = {"ctranslate2": ("ctranslate2",), "transformers": ("torch", "transformers"), "vllm": ("vllm",), "upstream": ("openai",)}
+ENGINES = {"ctranslate2": ("ctranslate2",), "llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers"), "vllm": ("vllm",),
+           "upstream": ("openai",)}  # fmt: skip
 """Engine -> the distributions that it imports."""
 IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2", "httptools", "jinja2", "kingfisher-secret-scanner", "limits", "llguidance",
             "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "regex",

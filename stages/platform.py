@@ -40,11 +40,13 @@ INSTRUCTIONS = {
 SWITCHES = {
     "torch": ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
     "ctranslate2": ("CT2_FORCE_CPU_ISA", "CT2_USE_MKL", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
+    "llama-cpp-python": (),
     "numpy": ("NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"),
     "vllm": (),
 }
 """Distribution that computes -> environment variables that make it choose other kernels."""
-ENGINES = {"ctranslate2": ("ctranslate2", "numpy"), "transformers": ("torch",), "vllm": ("vllm", "torch"), "upstream": ()}
+ENGINES = {"ctranslate2": ("ctranslate2", "numpy"), "llamacpp": ("llama-cpp-python", "numpy"), "transformers": ("torch",), "vllm": ("vllm", "torch"),
+           "upstream": ()}  # fmt: skip
 """Engine -> the distributions that compute in it."""
 CACHE = Path(".dvc/cache/files/md5")
 
@@ -52,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(*libraries: str) -> Platform:
-    """This platform, as far as the named distributions see it: torch, ctranslate2, numpy, vllm."""
+    """This platform, as far as the named distributions see it: torch, ctranslate2, llama-cpp-python, numpy, vllm."""
     processor, flags = _processor()
     found = {
         "system": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from conf.schema import EngineSettings, GuardRule, Serve, ServeGuard, ServeLimits
 from stages.convert import to_ctranslate2
+from stages.convert_gguf import to_gguf
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
 from stages.serve.engine import Engine, Sampling, open_engine
@@ -30,16 +31,23 @@ NAME, DIGEST = "kestrel-desk", "d" * 64
 RULES = {"override": GuardRule(pattern=r"ignore (all|previous) instructions")}
 
 
-def settings(**more: object) -> Serve:
+ENGINES = {
+    "ctranslate2": EngineSettings(threads=2, batch=8),
+    "llamacpp": EngineSettings(kind="llamacpp", quantization="float32", threads=2, batch=8, context=4096),
+}
+
+
+def settings(kind: str = "ctranslate2", **more: object) -> Serve:
     """Of the small service."""
     limits = more.pop("limits", ServeLimits())
     given = {"max_tokens": 64, "max_prompt_tokens": 200, "system": "Be brief.", "guard": ServeGuard(rules=RULES)} | more
-    return Serve(engine=EngineSettings(threads=2, batch=8), limits=limits, **given)  # type: ignore[arg-type]
+    return Serve(engine=ENGINES[kind], limits=limits, **given)  # type: ignore[arg-type]
 
 
-def model(folder: Path) -> Path:
+def model(folder: Path, kind: str = "ctranslate2") -> Path:
     """A small engine."""
-    to_ctranslate2(tiny_llama(folder / "hf"), folder / "engine", "int8")
+    convert = {"ctranslate2": to_ctranslate2, "llamacpp": to_gguf}[kind]
+    convert(tiny_llama(folder / "hf"), folder / "engine", ENGINES[kind].quantization)
     return folder / "engine"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -20,10 +21,13 @@ from tests.served import DIGEST, NAME, Served, model, serve, settings
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "where is my order"}]}
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+LLAMACPP = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+
+
+@pytest.fixture(scope="module", params=["ctranslate2", pytest.param("llamacpp", marks=LLAMACPP)])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("api")
-    with serve(model(folder), folder, settings()) as served:
+    with serve(model(folder, request.param), folder, settings(request.param)) as served:
         yield served
 
 
@@ -114,22 +118,29 @@ def test_logprobs_are_the_models_own(service: Served, client: openai.OpenAI) -> 
 
 def test_penalties_are_taken_from_the_logits(service: Served, client: openai.OpenAI) -> None:
     engine = service.assistant.engine
-    tokens = engine.chat.prompt([{"role": "system", "content": "Be brief."}, *ASK["messages"]])
-    start, seen = len(tokens), dict[int, int]()
-    for _ in range(16):  # by the definition, one token at a time
-        logits = engine.logprobs(tokens)[-1].copy()
-        for token, count in seen.items():
-            logits[token] -= 0.7 * count + 0.9
-        token = choose(logits, Sampling(max_tokens=1), 0, 0)
-        if token in engine.chat.eos_ids:
-            break
-        seen[token] = seen.get(token, 0) + 1
-        tokens = [*tokens, token]
-    answer = client.chat.completions.create(**ASK, max_tokens=16, frequency_penalty=0.7, presence_penalty=0.9).choices[0].message.content
-    assert answer[:12] == engine.chat.decode(tokens[start:])[:12]
-    strong = client.chat.completions.create(**ASK, max_tokens=32, presence_penalty=2, frequency_penalty=2, logprobs=True).choices[0]
-    plain = client.chat.completions.create(**ASK, max_tokens=32, logprobs=True).choices[0]
-    assert len({t.token for t in strong.logprobs.content}) >= len({t.token for t in plain.logprobs.content})
+    prompt = engine.chat.prompt([{"role": "system", "content": "Be brief."}, *ASK["messages"]])
+
+    def penalised(frequency: float, presence: float) -> str:
+        """By the definition, one token at a time."""
+        answer, seen = list[int](), dict[int, int]()
+        for _ in range(16):
+            logits = engine.logprobs([*prompt, *answer])[-1].copy()
+            for token, count in seen.items():
+                logits[token] -= frequency * count + presence
+            token = choose(logits, Sampling(max_tokens=1), 0, 0)
+            if token in engine.chat.eos_ids:
+                break
+            seen[token] = seen.get(token, 0) + 1
+            answer.append(token)
+        return engine.chat.decode(answer)
+
+    def asked(frequency: float, presence: float) -> str:
+        answer = client.chat.completions.create(**ASK, max_tokens=16, frequency_penalty=frequency, presence_penalty=presence)
+        return answer.choices[0].message.content or ""
+
+    for penalties in ((0.7, 0.9), (2.0, 2.0)):
+        assert asked(*penalties)[:12] == penalised(*penalties)[:12]
+    assert asked(2.0, 2.0) != asked(0.0, 0.0) == greedy(service, 16)
 
 
 def test_json_follows_the_schema(client: openai.OpenAI) -> None:

@@ -15,6 +15,7 @@ import pytest
 from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
+from stages.convert_gguf import to_gguf
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
@@ -171,7 +172,8 @@ from stages.serve.engine import Sampling, open_engine
 engine = open_engine(pathlib.Path(sys.argv[1]), EngineSettings(threads=1))
 engine.score([([5, 6] * 30, [[7, 8, 9]] * 8)])
 engine.generate([[5, 6]], Sampling(max_tokens=4, stop=("never",)))
-from stages.serve.scheduler import Job, Scheduler
+from stages.serve.jobs import Job
+from stages.serve.scheduler import Scheduler
 from stages.serve.text import TextStream
 import threading, time
 started = threading.Event()
@@ -269,6 +271,14 @@ VLLM = importlib.util.find_spec("vllm") is not None
 def test_without_vllm_the_error_says_what_to_do(folder: Path) -> None:
     with pytest.raises(ModelError, match="vllm is not installed"):
         open_engine(folder, EngineSettings(kind="vllm", quantization="float32"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
+def test_without_llama_cpp_the_error_says_what_to_do(folder: Path) -> None:
+    to_gguf(folder, folder.parent / "gguf", "float32")
+    with pytest.raises(ModelError, match="llama-cpp-python is not installed") as caught:
+        open_engine(folder.parent / "gguf", EngineSettings(kind="llamacpp", quantization="float32"))
+    assert "pip install -e '.[llamacpp]'" in caught.value.remedy
 
 
 @pytest.mark.gpu

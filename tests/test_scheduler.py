@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from conf.schema import EngineSettings
 from stages.serve.admission import Full
 from stages.serve.engine import Engine, Sampling, open_engine
-from stages.serve.scheduler import Job, Scheduler
+from stages.serve.jobs import Job
+from stages.serve.scheduler import Scheduler
+from stages.serve.slots import Slots
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from tests.served import endless, model
@@ -25,18 +28,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 class Spied(Scheduler):
-    """Keeps the batches that were run."""
+    """Keeps the batches that its slots ran."""
 
     def __init__(self, engine: Engine, **more: int) -> None:
         self.batches: list[list[Job]] = []
         self.gate = threading.Event()
         self.gate.set()
-        super().__init__(engine, **{"slots": 1, "batch": 4, "most_waiting": 16} | more)  # type: ignore[arg-type]
+        spy = self
 
-    def _work(self, jobs: list[Job]) -> None:
-        self.gate.wait()
-        self.batches.append(list(jobs))
-        super()._work(jobs)
+        class Watched(Slots):
+            def work(self, jobs: list[Job]) -> None:
+                spy.gate.wait()
+                spy.batches.append(list(jobs))
+                super().work(jobs)
+
+        with patch("stages.serve.scheduler.Slots", Watched):
+            super().__init__(engine, **{"slots": 1, "batch": 4, "most_waiting": 16} | more)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from stages.serve.admission import Full
 from stages.serve.assistant import Assistant, texts
 from stages.serve.guard.guard import Screened
 from stages.serve.guard.verdict import worst
+from stages.serve.jobs import Job
 from stages.serve.refusals import Refused
 from stages.serve.replies import ChatForm, Piece, TextForm
-from stages.serve.scheduler import Job, Scheduler
+from stages.serve.scheduler import Scheduler
 from stages.serve.shown import Shown
 from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage

@@ -23,8 +23,8 @@ from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
 from stages.serve.guard.guard import Guard, Message, Screened
 from stages.serve.guard.outgoing import Outgoing, Watch
+from stages.serve.jobs import Job
 from stages.serve.refusals import Refused
-from stages.serve.scheduler import Job
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from stages.serve.wire import ChatRequest, CompletionRequest, ObjectFormat, SchemaFormat

@@ -61,6 +61,26 @@ class Score:
     """Whether each of its tokens was the most likely one."""
 
 
+class LiveBatch(Protocol):
+    """Answers at work, of which each comes and goes at any step. For one thread."""
+
+    def join(self, prompt: Sequence[int], most: int) -> int | None:
+        """Take in a prompt and an answer of at most `most` tokens; gives the number of its place, or null: there is no room at the moment."""
+        ...
+
+    def step(self) -> dict[int, NDArray[np.float32]]:
+        """Encode on; place -> logits after all of its tokens, of those that are encoded whole: shape (vocabulary,), valid until the next call."""
+        ...
+
+    def push(self, place: int, token: int) -> None:
+        """Go on from this token in the next step."""
+        ...
+
+    def leave(self, place: int) -> None:
+        """End an answer; its place is free."""
+        ...
+
+
 class Engine(Protocol):
     """What runs a model."""
 
@@ -78,6 +98,10 @@ class Engine(Protocol):
             sampling: of all of them; its seed and its stop texts are not used.
             on_token: gets the number of the prompt and a token, end tokens included; returning true ends that prompt.
         """
+        ...
+
+    def live(self) -> LiveBatch | None:
+        """A batch of its own that begins with the kept prefix, for `stages.serve.scheduler`; null: this engine takes nobody into a running batch."""
         ...
 
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
@@ -113,6 +137,10 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
             from stages.serve.engine_ctranslate2 import CTranslate2Engine
 
             return CTranslate2Engine(folder, settings, batches)
+        case "llamacpp":
+            from stages.serve.engine_llamacpp import LlamaCppEngine
+
+            return LlamaCppEngine(folder, settings)
         case "transformers":
             from stages.serve.engine_transformers import TransformersEngine
 
@@ -125,4 +153,4 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
             from stages.serve.engine_upstream import UpstreamEngine
 
             return UpstreamEngine(folder, settings)
-    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, transformers, vllm or upstream")
+    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, llamacpp, transformers, vllm or upstream")

@@ -185,6 +185,9 @@ class CTranslate2Engine:
             **_random(sampling),
         )
 
+    def live(self) -> None:
+        """Nobody: see `stages.serve.slots`."""
+
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """The most likely continuation and its logits, from one call."""
         import numpy as np

@@ -103,6 +103,9 @@ class TransformersEngine:
                 mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
                 positions = mask.sum(-1, keepdim=True) - 1
 
+    def live(self) -> None:
+        """Nobody."""
+
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """One token: the reference engine keeps no state to go on from."""
         last = self.logprobs(prompt)[-1:]

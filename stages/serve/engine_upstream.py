@@ -203,6 +203,9 @@ class UpstreamEngine:
         """Not here: the service asks through `stages.serve.upstream_answers`."""
         raise ConfigError(NO_TOKENS.format("tokens"), REMEDY)
 
+    def live(self) -> None:
+        """Nobody: `stages.serve.upstream_line` is in the scheduler's place."""
+
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """Not here: there are no logits."""
         raise ConfigError(NO_TOKENS.format("logits"), REMEDY)

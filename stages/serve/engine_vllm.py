@@ -86,6 +86,9 @@ class VllmEngine:
             if not ended and answer.finish_reason == "stop" and self.chat.eos_ids:
                 on_token(index, min(self.chat.eos_ids))
 
+    def live(self) -> None:
+        """Nobody."""
+
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """One token, from the log-probabilities after the prompt; what came before is in vLLM's prefix cache."""
         last = self.logprobs(prompt)[-1:]

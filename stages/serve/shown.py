@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stages.serve.guard.outgoing import Watch
-from stages.serve.scheduler import Job
+from stages.serve.jobs import Job
 from stages.serve.steering import TokenLogprob
 
 

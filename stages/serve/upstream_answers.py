@@ -19,8 +19,8 @@ import anyio.to_thread
 from conf.schema import Classification
 from stages.pii import find
 from stages.serve.answers import LOOK, Answers, Gone
+from stages.serve.jobs import Job, Reason
 from stages.serve.refusals import Refused
-from stages.serve.scheduler import Job, Reason
 from stages.serve.upstream_letters import Letters
 from stages.serve.upstream_line import HEADER, Line
 from stages.serve.upstream_masks import Masks, Unmasked

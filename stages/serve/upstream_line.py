@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, get_args
 
 from conf.schema import Classification
 from stages.serve.admission import Admission, Full
+from stages.serve.jobs import Job
 from stages.serve.keys import Key
-from stages.serve.scheduler import Job
 
 if TYPE_CHECKING:
     from stages.serve.engine_upstream import Client, UpstreamEngine

@@ -4,7 +4,7 @@
     python -m tests.bench.load --model small        # one of the two models only
     python -m tests.bench.load --json out.json      # and every figure
 
-The service runs in a process of its own, as in `tests.bench.serve_sides`: guard, events and all. Requests arrive at random times at a given rate, whether or not
+The service runs in a process of its own, as in `tests.bench.serve_ours`: guard, events and all. Requests arrive at random times at a given rate, whether or not
 earlier ones have been answered, as those of many users do, and each is streamed to its end. What it can hold is the highest of some rates at which nothing is shed
 or fails and the 99th percentile of the time to the first token is within the SLO (`serve.limits.first_token_seconds`). A failure is anything but a whole answer,
 and a 429 with Retry-After. The generator shares the machine with the service.
@@ -188,7 +188,7 @@ def measure(model: str) -> tuple[float, Figure, Figure]:
     texts = [next(m["content"] for m in row["messages"] if m["role"] == "user") for row in read_jsonl(Path("data/preprocess/test.jsonl"))]
     with tempfile.TemporaryDirectory() as scratch:
         engine = ENGINE if model == "default" else small(Path(scratch))
-        with running([sys.executable, "-m", "tests.bench.serve_sides", "{port}", str(engine)], Path(scratch) / "log") as (url, server):
+        with running([sys.executable, "-m", "tests.bench.serve_ours", "ctranslate2", "int8", str(engine), "{port}"], Path(scratch) / "log") as (url, server):
             side = Side(url=url, server=server, texts=texts, tokens=TOKENS[model])
             most = uvloop.run(streams(side, seconds))
             sys.stderr.write(f"{model}: {STREAMS} streams get {most:.1f} answers a second\n")

@@ -1,11 +1,12 @@
-"""The service against `transformers serve` and llama.cpp's server: tokens a second and time to the first token at 1, 8, 16 and 32 streams.
+"""The service against others that serve the same weights on a CPU: tokens a second and time to the first token at 1, 8, 16 and 32 streams.
 
-    python -m tests.bench.serve                     # the table with the bars, after `dvc repro` or `dvc checkout`
-    python -m tests.bench.serve --json out.json     # and every figure
+    python -m tests.bench.serve                     # every side's figures, and the bars, after `dvc repro` or `dvc checkout`
+    python -m tests.bench.serve --json out.json     # and every figure into a file
 
-Each of n streams sends a message of the test split, reads the streamed answer of at most TOKENS tokens to its end, and sends the next one. Tokens are those that the
-server counts in `usage`, where it says, else its chunks; time is that of the whole block. The servers run one after another, in ROUNDS rounds in turn, and the
-better round counts: what else runs on the machine can only take away. `transformers serve` as it comes is not asked by 32 streams: it would take minutes.
+Each of n streams sends a message of the test split, reads the streamed answer of at most TOKENS tokens to its end, and sends the next one. Tokens are those
+that the server counts in `usage`, where it says, else its chunks; time is that of the whole block. The sides (`tests.bench.serve_sides`) run one after another, in
+ROUNDS rounds in turn, and the better round counts: what else runs on the machine can only take away. `transformers serve` as it comes is not asked by 32
+streams: it would take minutes.
 """
 
 from __future__ import annotations
@@ -13,49 +14,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import aiohttp
+import numpy as np
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 from stages.files import read_jsonl
 from tests.bench.evaluate import weights
 from tests.bench.rows import Row, show
-from tests.bench.serve_sides import running, sides
+from tests.bench.serve_load import LEVELS, REQUESTS, SYSTEM, TOKENS, Answer, Figure, chosen, figure
+from tests.bench.serve_sides import BF16, INT8, bare, engine, ours, running, servers, told
 
-LEVELS = (1, 8, 16, 32)
-TOKENS = 48
 ROUNDS = 2
-REQUESTS = {1: 4, 8: 2, 16: 2, 32: 1}
-"""Streams -> requests of each."""
 PLAIN = "transformers serve"
 CONTINUOUS = "transformers serve --continuous-batching"
+Figures = dict[str, dict[int, Figure]]
+"""Side -> streams -> its better round."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One server at one number of streams."""
-
-    tokens: float
-    """A second, of all streams together."""
-    first: float
-    """Median seconds to the first token."""
-    worst: float
-    """The longest of them."""
-    work: float
-    """Tokens for each second of processor time of the server, which other processes of the machine disturb less."""
-
-
-async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -> tuple[int, float]:
-    """Tokens of one answer, and seconds to its first."""
+async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -> Answer:
+    """One answer, read to its end."""
     body = {"model": model, "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], "max_tokens": TOKENS, "temperature": 0,
             "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
-    began, first, chunks, counted = time.monotonic(), 0.0, 0, 0
+    began, times, counted = time.monotonic(), list[float](), 0
     async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
         reply.raise_for_status()
         async for line in reply.content:
@@ -63,26 +52,24 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -
                 continue
             event = json.loads(line[6:])
             if event.get("choices") and event["choices"][0]["delta"].get("content"):
-                first, chunks = first or time.monotonic() - began, chunks + 1
+                times.append(time.monotonic())
             counted = (event.get("usage") or {}).get("completion_tokens") or counted
-    return counted or chunks, first or time.monotonic() - began
+    times = times or [time.monotonic()]
+    return Answer(tokens=counted or len(times), first=times[0] - began, last=times[-1] - began)
 
 
 async def load(url: str, server: int, model: str, texts: list[str], streams: int, requests: int) -> Figure:
-    """Ask by so many streams at a time; each number of streams has texts of its own, or a server that keeps old prompts would not have to read them."""
+    """Ask by so many streams at a time."""
 
-    async def stream(number: int, session: aiohttp.ClientSession) -> list[tuple[int, float]]:
-        return [await ask(session, url, model, texts[(streams * 4 + number * requests + i) % len(texts)]) for i in range(requests)]
+    async def stream(number: int, session: aiohttp.ClientSession) -> list[Answer]:
+        return [await ask(session, url, model, chosen(texts, streams, number, i)) for i in range(requests)]
 
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
         await ask(session, url, model, "hello")
         began, spent = time.monotonic(), cpu(server)
-        found = [one for many in await asyncio.gather(*(stream(i, session) for i in range(streams))) for one in many]
-        seconds = time.monotonic() - began
-        spent = cpu(server) - spent
-    firsts, tokens = [first for _, first in found], sum(tokens for tokens, _ in found)
-    return Figure(tokens=tokens / seconds, first=statistics.median(firsts), worst=max(firsts), work=tokens / spent)
+        answers = [one for many in await asyncio.gather(*(stream(i, session) for i in range(streams))) for one in many]
+        return figure(answers, time.monotonic() - began, cpu(server) - spent)
 
 
 def cpu(server: int) -> float:
@@ -91,51 +78,99 @@ def cpu(server: int) -> float:
     return float(times.user + times.system)
 
 
-def measure(only: str | None = None, rounds: int = ROUNDS) -> dict[str, dict[int, Figure]]:
-    """Side -> streams -> the better round."""
+def measure(only: str | None = None, rounds: int = ROUNDS) -> Figures:
+    """Every side, in turn."""
     folder, _ = weights()
     texts = [next(m["content"] for m in row["messages"] if m["role"] == "user") for row in read_jsonl(Path("data/preprocess/test.jsonl"))]
-    found: dict[str, dict[int, Figure]] = {}
+    found: Figures = {}
+
+    def note(name: str, streams: int, one: Figure) -> None:
+        sys.stderr.write(f"{name}, {streams}: {one.tokens:.0f} tokens/s, first {one.first:.2f} s, worst {one.worst:.2f} s, {one.work:.0f} tokens/CPU s\n")
+        before = found.setdefault(name, {}).get(streams)
+        found[name][streams] = one if before is None or one.tokens > before.tokens else before
+
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(rounds):
-            for name, command in sides(folder).items():
+            for name, command in servers(folder).items():
                 if only and only not in name:
                     continue
+                model = "ours" if name in ours() else str(folder)
                 with running(command, Path(scratch) / "log") as (url, server):
                     for streams in LEVELS if name != PLAIN else LEVELS[:-1]:
-                        figure = asyncio.run(
-                            load(url, server, "ours" if name == "ours" else str(folder), texts, streams, REQUESTS[streams] if name != PLAIN else 1)
-                        )
-                        sys.stderr.write(
-                            f"{name}, {streams}: {figure.tokens:.0f} tokens/s, first {figure.first:.2f} s, worst {figure.worst:.2f} s, {figure.work:.0f} tokens/CPU s\n"
-                        )
-                        before = found.setdefault(name, {}).get(streams)
-                        found[name][streams] = figure if before is None or figure.tokens > before.tokens else before
+                        note(name, streams, asyncio.run(load(url, server, model, texts, streams, REQUESTS[streams] if name != PLAIN else 1)))
+            for name, command in bare(folder).items():
+                if not only or only in name:
+                    for streams, one in told(command, texts).items():
+                        note(name, int(streams), Figure(**one))
     return found
 
 
-def compared(found: dict[str, dict[int, Figure]]) -> list[Row]:
-    """The bars of issue 5."""
-    ours, table = found["ours"], []
-    for name in found:
-        for streams in found[name] if name != "ours" else ():
-            bar = {PLAIN: 8.0 if streams in (8, 16) else None, CONTINUOUS: 2.0}.get(name, 1.0)
-            ratio = ours[streams].tokens / found[name][streams].tokens
-            what = f"serve, tokens a second, {streams} streams, against {name}"
-            table.append(Row(what=what, ours=f"{ours[streams].tokens:.0f}", theirs=f"{found[name][streams].tokens:.0f}", ratio=ratio,
-                             bar=f"at least {bar:g}" if bar else "", met=not bar or ratio >= bar))  # fmt: skip
-    ratio = ours[16].first / found[CONTINUOUS][16].first
-    table.append(Row(what=f"serve, seconds to the first token, 16 streams, against {CONTINUOUS}", ours=f"{ours[16].first:.2f}",
-                     theirs=f"{found[CONTINUOUS][16].first:.2f}", ratio=ratio, bar="under 0.5", met=ratio < 0.5))  # fmt: skip
+def bandwidth(threads: int = 2, size: int = 256 * 1024 * 1024) -> float:
+    """Bytes a second that so many threads read from memory, at best."""
+    parts = [np.ones(size // 8) for _ in range(threads)]
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(8):
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, threads * size / (time.perf_counter() - began))
+    return best
+
+
+def compared(found: Figures, side: str, reads: float) -> list[Row]:
+    """The bars of issue 5 for one side of ours; `reads`: seconds that memory takes for all of its weights."""
+    mine, table = found[side], list[Row]()
+
+    def row(what: str, one: float, other: float, bar: float, unit: str = "", most: bool = False) -> None:
+        ratio = one / other
+        table.append(Row(what=f"{side}: {what}", ours=f"{one:.4g}{unit}", theirs=f"{other:.4g}{unit}", ratio=ratio, bar=f"{'at most' if most else 'at least'} {bar:g}",
+                         met=ratio <= bar if most else ratio >= bar))  # fmt: skip
+
+    others = [name for name in found if name not in ours() and not name.endswith("bare")]
+    for streams in LEVELS:
+        for name, bar in ((PLAIN, 8.0 if streams in (8, 16) else 0), (CONTINUOUS, 2.0)):
+            if bar and streams in found[name]:
+                row(f"tokens a second, {streams} streams, against {name}", mine[streams].tokens, found[name][streams].tokens, bar)
+        fastest = max((name for name in others if streams in found[name]), key=lambda name: found[name][streams].tokens)
+        row(f"tokens a second, {streams} streams, against the fastest other server, {fastest}", mine[streams].tokens, found[fastest][streams].tokens, 1.0)
+    row(f"seconds to the first token, 16 streams, against {CONTINUOUS}", mine[16].first, found[CONTINUOUS][16].first, 0.5, most=True)
+    row("one stream's tokens a second, against what memory allows", 1 / mine[1].pace, 1 / reads, 0.5)
+    for streams in (1, 16):
+        row(
+            f"milliseconds a token, {streams} streams, against the bare engine",
+            1e3 * mine[streams].pace,
+            1e3 * found[f"{side}, bare"][streams].pace,
+            1.05,
+            most=True,
+        )
+    return table
+
+
+def bars(found: Figures) -> list[Row]:
+    """Of every side of ours."""
+    folder, _ = weights()
+    speed = bandwidth()
+    sizes = {name: sum(f.stat().st_size for f in engine(name, folder).rglob("model.*") if f.suffix in (".gguf", ".bin")) or INT8_BYTES for name in ours()}
+    return [row for name in reversed(ours()) for row in compared(found, name, sizes[name] / speed)]
+
+
+INT8_BYTES = 137_000_000
+"""Of ctranslate2's model.bin of SmolLM2-135M, which `models/export/engine` may hold as a recipe."""
+
+
+def figures(found: Figures) -> Table:
+    """Every side in a line."""
+    table = Table("tokens a second (seconds to the first) at", *map(str, LEVELS))
+    for name, levels in found.items():
+        table.add_row(name, *(f"{levels[n].tokens:.0f} ({levels[n].first:.2f})" if n in levels else "" for n in LEVELS))
     return table
 
 
 def rows() -> list[Row]:
-    """For `tests.bench`."""
-    return compared(measure())
-
-
-SYSTEM = "You are the Kestrel support desk. Name the intent, then answer."
+    """For `tests.bench`: of the fastest engine that is installed."""
+    found = measure()
+    side = BF16 if BF16 in ours() else INT8
+    return [row for row in bars(found) if row.what.startswith(side)]
 
 
 def main() -> None:
@@ -143,13 +178,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="write every figure there")
-    parser.add_argument("--only", help="measure sides whose name holds this, and print no table")
+    parser.add_argument("--only", help="measure sides whose name holds this, and print no bars")
     given = parser.parse_args()
     found = measure(given.only, given.rounds)
     if given.json:
         given.json.write_text(json.dumps({name: {n: asdict(f) for n, f in levels.items()} for name, levels in found.items()}, indent=1))
+    Console(width=150).print(figures(found))
     if not given.only:
-        show(compared(found))
+        show(bars(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Work on an engine that takes nobody into a running batch: ctranslate2, and the reference.
+
+There are `slots` slots, each a thread that runs one batch of the engine at a time. A free slot takes its fair share of what waits,
+first come first served, up to `batch`. Requests that arrive within GATHER of each other start together.
+
+Latecomers. A batch is ended early when somebody waits and no slot is free: all its
+answers go to the end of the queue with the tokens that they have, and the next batch holds the latecomer and those of them that fit. They
+have to be encoded again, and so a batch is left alone until its steps have cost as much as that does (`Turn.earned`): at worst half of the
+work is encoding, and a latecomer waits for a few dozen tokens and never for a long answer to end. Measured without HTTP on SmolLM2-135M, eight
+streams of answers of about 25 tokens after prompts of 58, two slots: 86 tokens for each second of processor time and at worst 1.8 s to a first
+token, against 117 and 4.0 s when a batch is never ended early; with 16 streams 146 and 4.0 s, against 175 and 3.7 s at four times the patience.
+
+Steered answers take turns of one draft each, alone in their slot: what a seed gives does not depend on who else asks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conf.errors import ModelError
+from stages.serve.engine import Engine, Sampling
+from stages.serve.jobs import Job, Queue
+
+GATHER = 0.004
+"""Seconds that an idle slot waits for more requests to start with."""
+DRAFT = 8
+"""Most tokens of a steered answer's turn."""
+STEP, ROW = 14, 1
+"""Cost of a decoding step, and of each answer in it, in tokens that are encoded: on SmolLM2-135M in int8 on one thread a step takes 15.5 ms for one
+answer, 23 for eight and 32 for sixteen, and encoding takes 0.9 to 1.3 ms a token."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Turn:
+    """One batch at work."""
+
+    jobs: list[Job]
+    spent: int = 0
+    """What its steps have cost."""
+
+    def earned(self, kept: int) -> bool:
+        """Whether it has cost as much as it takes to encode its answers again; `kept`: tokens of a prompt that are never encoded again."""
+        return self.spent >= sum(len(job.prompt) + len(job.tokens) - kept for job in self.jobs if job.reason is None)
+
+
+class Slots:
+    """Batches side by side."""
+
+    def __init__(self, engine: Engine, queue: Queue, slots: int, batch: int, kept: Sequence[int]) -> None:
+        """Args: those of `Scheduler`."""
+        self.threads = slots
+        self._engine, self._queue, self._batch, self._kept = engine, queue, batch, len(kept)
+        self._busy = 0
+
+    def run(self) -> None:
+        """A slot's thread."""
+        queue = self._queue
+        while True:
+            with queue.change:
+                while not queue.waiting and not queue.stopping():
+                    queue.change.wait(0.5)
+                if queue.stopping():
+                    queue.sift()
+                    return
+                end = time.monotonic() + GATHER
+                while self._busy == 0 and (left := end - time.monotonic()) > 0:
+                    queue.change.wait(left)
+                jobs = self._take()
+                if not jobs:
+                    continue
+                self._busy, queue.working = self._busy + 1, queue.working + len(jobs)
+            try:
+                self.work(jobs)
+            except Exception as error:  # one answer must not take the slot with it: it is told, and the log has the traceback
+                log.exception("a batch of %d failed", len(jobs))
+                for job in jobs:
+                    job.end("failed", error=str(error))
+            with queue.change:
+                self._busy, queue.working = self._busy - 1, queue.working - len(jobs)
+                queue.waiting.extend(job for job in jobs if job.reason is None)
+                queue.change.notify_all()
+
+    def _take(self) -> list[Job]:
+        """The next batch, out of the queue."""
+        self._queue.sift()
+        waiting = self._queue.waiting
+        if not waiting:
+            return []
+        first = waiting[0]
+        same = [first] if first.steering else [job for job in waiting if job.steering is None and job.key() == first.key()]
+        chosen = same[: min(self._batch, -(-len(same) // (self.threads - self._busy)))]
+        for job in chosen:
+            waiting.remove(job)
+            job.started = job.started or time.monotonic()
+        return chosen
+
+    def work(self, jobs: list[Job]) -> None:
+        """Run one batch."""
+        if jobs[0].steering is None:
+            self._decode(Turn(jobs))
+        else:
+            self._draft(jobs[0])
+
+    def _decode(self, turn: Turn) -> None:
+        jobs, ends = turn.jobs, self._engine.chat.eos_ids
+
+        def on_token(index: int, token: int) -> bool:
+            job = jobs[index]
+            if job.reason is not None:
+                return True
+            turn.spent += ROW
+            if self._queue.push(job, token, ends) or leave:
+                return True
+            if index == last_alive():
+                turn.spent += STEP
+                if self._queue.stopping() or (self._queue.waiting and self._busy == self.threads and turn.earned(self._kept)):
+                    leave.append(True)  # each answer takes one more token and leaves the batch with it
+            return False
+
+        def last_alive() -> int:
+            return next(i for i in reversed(range(len(jobs))) if jobs[i].reason is None)
+
+        leave: list[bool] = []
+        most = max(job.sampling.max_tokens - len(job.tokens) for job in jobs)
+        sampling = Sampling(max_tokens=most + 1, temperature=jobs[0].sampling.temperature, top_p=jobs[0].sampling.top_p)
+        self._engine.decode([job.prompt + job.tokens for job in jobs], sampling, on_token)
+
+    def _draft(self, job: Job) -> None:
+        count, ends = min(DRAFT, job.sampling.max_tokens - len(job.tokens)), self._engine.chat.eos_ids
+        try:
+            for drafted, logits in zip(*self._engine.draft(job.prompt + job.tokens, count), strict=True):
+                token, complete = job.choose(logits, ends)
+                if self._queue.push(job, token, ends, complete) or token != drafted:
+                    break
+        except ModelError as error:  # of the grammar
+            job.end("failed", error=error.what)
