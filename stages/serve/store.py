@@ -8,8 +8,9 @@ others of its batch are written.
 
 SQLite is the embedded default because it is faster where the service waits or must delete, and loses where it is asked or stored, which a service does seldom.
 Against Parquet files read by DuckDB, over 1,000,000 rows, two runs on two idle cores (`tests/bench/events.py`): one row is on the disk in 0.3 to 0.4 ms
-(99th percentile 0.5 to 1.5) against 1.4 to 1.6 (2.2 to 2.4), and a user's rows are gone in 0.02 s against 0.6 to 0.7. But it writes 71,000 rows a second in batches
-against 168,000 to 292,000, gives the 95th percentile by route in 1.6 to 1.7 s against 0.2, and takes 427 MiB against 61. A kill -9 lost nothing of either.
+(99th percentile 0.5 to 1.5) against 1.4 to 1.6 (2.2 to 2.4), and a user's rows are gone in 0.02 s against 0.6 to 0.7. But it writes 71,000 rows a second
+in batches against 168,000 to 292,000, gives the 95th percentile by route in 1.6 to 1.7 s against 0.2, and takes 427 MiB against 61.
+A kill -9 lost nothing of either.
 
     python -m stages.serve.store forget <user> [--key <id>]   # remove the events and the ratings of a user, or of a key
     python -m stages.serve.store removals                     # what was removed when, by retention and by `forget`, as JSON lines
