@@ -18,7 +18,7 @@ import orjson
 
 from stages.steps.rows import USES, Dropped, Row, decode, encode
 
-PART_BYTES = 8_000_000
+PART_BYTES = 4_000_000
 """Largest part: a task holds the n-grams of one."""
 SPLITS = ("train", "validation", "test", "corpus")
 COLUMNS = {"digests": np.dtype(("<u8", 2)), "uses": np.dtype("u1"), "splits": np.dtype("u1"), "ends": np.dtype("<u8")}
