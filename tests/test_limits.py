@@ -212,4 +212,4 @@ def test_what_is_too_long_is_refused_before_the_guard_reads_it(engine: Path, tmp
     assert spent < 0.5, "it cost processor time"
     with sqlite3.connect(tmp_path / "events.sqlite") as database:
         verdicts = database.execute("select verdict from events order by at").fetchall()
-    assert "allowed" in verdicts[0][0] and verdicts[1][0] in (None, "null", "{}")
+    assert '"action": "allow"' in verdicts[0][0] and verdicts[1][0] in (None, "null", "{}")

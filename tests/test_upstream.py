@@ -268,7 +268,7 @@ def test_nobody_at_the_other_end_is_a_502(tmp_path: Path) -> None:
 
 
 def test_a_cut_stream_ends_in_an_error(client: openai.OpenAI, recorder: Recorder) -> None:
-    recorder.then(Odd(cut=3000))
+    recorder.then(Odd(cut=900))
     got = []
     with pytest.raises(openai.APIError, match="the upstream failed"):
         got.extend(client.chat.completions.create(**ASK, max_tokens=100, temperature=1, seed=1, stream=True))
