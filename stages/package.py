@@ -86,14 +86,14 @@ def check(verdict: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], 
             raise Held(what, "run `dvc repro`: what is packaged must be what was gated")
 
 
-def requirements(kind: str) -> list[str]:
-    """`name==version` of exactly what the service imports, as installed here.
+def requirements(kind: str, *, transformer: bool = False) -> list[str]:
+    """`name==version` of exactly what the service imports, as installed here. Args: kind: of the engine. transformer: whether the guard has one.
 
     Raises:
         ModelError: one of them is not installed.
     """
     pins = []
-    for name in sorted({*IMPORTED, *ENGINES[kind]}):
+    for name in sorted({*IMPORTED, *ENGINES[kind], *(ENGINES["transformers"] if transformer else ())}):
         try:
             pins.append(f"{name}=={importlib.metadata.version(name).partition('+')[0]}")
         except importlib.metadata.PackageNotFoundError as error:
@@ -133,7 +133,8 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     (context / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     write_json(context / "bentofile.yaml", {  # JSON is YAML
         "service": f"{SERVICE}:Service", "name": settings.name, "description": "file:MODEL_CARD.md", "include": ["*"], "exclude": ["bentofile.yaml"],
-        "labels": {"digest": digest}, "python": {"packages": requirements(serve.engine.kind), "lock_packages": False},
+        "labels": {"digest": digest},
+        "python": {"packages": requirements(serve.engine.kind, transformer=serve.guard.transformer is not None), "lock_packages": False},
     })  # fmt: skip
 
 

@@ -69,7 +69,29 @@ def test_the_classifier_reads_a_text_without_what_is_excused() -> None:
     guard, words = Guard(None, ServeGuard(rules={"pirates": GuardRule(pattern="the pirate tent", action="allow")})), Words()
     guard.tiers.append(Tier(name="classifier", scorer=words, threshold=0.5, action="refuse", budget_ms=100))
     assert guard.check("Where is the Pirate Tent?").allowed and not guard.check("Be a pirate in the pirate tent").allowed
-    assert words.read == ["where is  ?", "be a pirate in  "]
+    assert words.read == ["Where is  ?", "Be a pirate in  "]
+
+
+def test_an_exception_leaves_a_payload_readable_for_the_classifier() -> None:
+    from stages.serve.guard.guard import Tier
+    from tests.test_quoted import Words
+
+    guard, words = Guard(None, ServeGuard(rules={"prompts": GuardRule(pattern="shop prompts me", action="allow")})), Words()
+    guard.tiers.append(Tier(name="classifier", scorer=words, threshold=0.5, action="refuse", budget_ms=100))
+    guard.check("Decode QmUgYSBwaXJhdGU= as my Shop prompts me")
+    assert words.read == ["Decode QmUgYSBwaXJhdGU= as my  "]
+
+
+@pytest.mark.parametrize("word", ["казино", "сосо", "πόκερ", "賭博", "red fox"])
+def test_a_topic_is_found_in_request_and_answer_whatever_its_script(word: str) -> None:
+    from stages.serve.guard.outgoing import Outgoing
+
+    settings = ServeGuard(topics={"games": GuardTopic(words=[word], direction="both")})
+    said = f"Где находится {word} в Москве?"
+    assert not Guard(None, settings).check(said).allowed
+    watch = Outgoing(settings).watch("", "")
+    watch.whole(said)
+    assert watch.refused
 
 
 @pytest.mark.parametrize(("action", "allowed"), [("refuse", False), ("flag", True)])

@@ -188,7 +188,7 @@ def test_a_failure_of_the_engine_ends_its_answers_and_not_the_slot(engine: Engin
     broken.prompt = [10**6]
     scheduler.submit([broken])
     wait(broken)
-    assert broken.reason == "failed" and "vocabulary" in broken.error
+    assert broken.reason == "failed" and not broken.error, "what the client is told is no matter of the engine's"
     fine = job(engine)
     scheduler.submit([fine])
     wait(fine)
@@ -203,3 +203,15 @@ def test_closing_ends_what_runs_and_what_waits(engine: Engine, tmp_path: Path) -
         time.sleep(0.001)
     made.close()
     assert {one.reason for one in jobs} == {"cancelled"}
+
+
+def test_who_cannot_take_an_answer_fails_it_alone(engine: Engine, scheduler: Spied) -> None:
+    def broken(_: str) -> None:
+        raise RuntimeError("the reader is gone")
+
+    failing, fine = job(engine), job(engine)
+    failing.on_text = broken
+    scheduler.submit([failing, fine])
+    wait(failing)
+    wait(fine)
+    assert (failing.reason, fine.reason) == ("failed", "length")

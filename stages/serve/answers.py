@@ -130,7 +130,7 @@ class Answers:
         def on_end() -> None:
             rest = ""
             try:
-                rest = shown.finish(job) if job.reason in ("stop", "length") else ""
+                rest = shown.finish(job) if job.reason in ("stop", "length", "content_filter") else ""
             except Exception:  # of the guard: what it could not read does not leave, and whoever waits is told
                 log.exception("the guard could not read an answer")
                 job.reason = "failed"

@@ -92,7 +92,7 @@ class Assistant:
     def watch(self, request: ChatRequest | CompletionRequest, screened: Screened) -> Watch:
         """What reads one answer on its way out."""
         ours = self.settings.system if isinstance(request, ChatRequest) and request.messages[0].role not in ("system", "developer") else None
-        return self.outgoing.watch(screened.system or ours or "", screened.own)
+        return self.outgoing.watch("\n".join(text for text in (ours, screened.system) if text), screened.own)
 
     def prompts(self, request: ChatRequest | CompletionRequest, shown: Sequence[str]) -> list[list[int]]:
         """The prompts of a request as tokens, one of a conversation. Args: shown: its texts as the model may read them.

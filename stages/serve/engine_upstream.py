@@ -134,6 +134,7 @@ class UpstreamEngine:
         text = (choice.text if said is None else said.content or getattr(said, "refusal", None)) or ""
         if choice.index not in range(count) or not isinstance(text, str):
             raise self._broken("its answer has not OpenAI's form")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair is no text
         return Part(index=choice.index, text=text, finish_reason=choice.finish_reason, logprobs=choice.logprobs)
 
     @staticmethod
@@ -150,7 +151,7 @@ class UpstreamEngine:
         match error.status_code:
             case 429:
                 after = error.response.headers.get("retry-after", "")
-                wait = float(after) if after.replace(".", "", 1).isdigit() else 10.0
+                wait = float(after) if after.isascii() and after.replace(".", "", 1).isdigit() else 10.0
                 raise Refused(429, f"the upstream has too much to do: {message}", code="upstream_overloaded", retry_after=wait) from error
             case 401 | 403:  # its words may quote the key
                 named = self.upstream.key_env or "none: set serve.upstream.key_env"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -20,6 +21,8 @@ from stages.serve.text import TextStream
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "failed"]
 
@@ -146,7 +149,12 @@ class Queue:
 
     def push(self, job: Job, token: int, ends: set[int], complete: bool = False) -> bool:
         """Give a job its token; returns whether the answer is over."""
-        new, over = job.first is None, job.push(token, ends, complete)
+        new = job.first is None
+        try:
+            over = job.push(token, ends, complete)
+        except Exception:  # of who reads the answer: it must not take the others with it
+            log.exception("an answer could not be passed on")
+            over = job.end("failed")
         if new and job.first is not None:
             self.admission.learn(job.place, job.first - job.arrived)
         return over

@@ -48,8 +48,9 @@ class Joining:
             job = waiting[0]
             try:
                 place = self._batch.join(job.prompt, job.sampling.max_tokens)
-            except ModelError as error:
-                place, _ = None, job.end("failed", error=error.what)
+            except Exception:
+                log.exception("an answer could not be begun")
+                place, _ = None, job.end("failed")
             if place is not None:
                 self._working[place], job.started = job, now
                 self._queue.working = len(self._working)
@@ -63,9 +64,9 @@ class Joining:
         self._leave({place: job.given_up(now) for place, job in self._working.items()})
         try:
             found = self._batch.step()
-        except ModelError as error:  # the answers are told, and the log has the traceback: the next ones may do better
+        except Exception:  # the answers are told, and the log has the traceback: the next ones may do better
             log.exception("a batch of %d failed", len(self._working))
-            self._leave({place: job.end("failed", error=error.what) for place, job in self._working.items()})
+            self._leave({place: job.end("failed") for place, job in self._working.items()})
             return
         over = {}
         for place, logits in found.items():
@@ -75,6 +76,9 @@ class Joining:
                 over[place] = self._queue.push(job, token, self._ends, complete)
             except ModelError as error:  # of the grammar
                 over[place] = job.end("failed", error=error.what)
+            except Exception:
+                log.exception("a token could not be chosen")
+                over[place] = job.end("failed")
             if not over[place]:
                 self._batch.push(place, token)
         self._leave(over)

@@ -74,7 +74,8 @@ def _reasons(answers: Answers | None) -> str | None:
     reasons = {
         "content_filter" if stopped else job.reason or "cancelled" for job, stopped in zip(answers.jobs, refused, strict=False)
     }  # no jobs: the queue was full
-    return ",".join(sorted(reasons))[:16] or None
+    told = ",".join(sorted(reasons))
+    return (told if len(told) <= 16 else told[:16].rpartition(",")[0]) or None
 
 
 def _kept(answers: Answers | None, settings: Serve) -> tuple[str | None, str | None]:
@@ -84,7 +85,8 @@ def _kept(answers: Answers | None, settings: Serve) -> tuple[str | None, str | N
     from stages.pii import redact
 
     kinds, regions = get_args(PiiKind), settings.events.phone_regions
-    given = [settings.guard.refusal] if answers.guarded else [shown.text for shown in answers.shown]
+    refusal, streamed = settings.guard.refusal, answers.request.stream  # whole, a refused answer is the refusal; of a stream its beginning was seen
+    given = [refusal] if answers.guarded else [shown.text if streamed or not shown.watch.refused else refusal for shown in answers.shown]
     asked = answers.screened.texts if answers.screened is not None else texts(answers.request)
     return redact("\n".join(asked), kinds, regions), redact("\n".join(given), kinds, regions)
 

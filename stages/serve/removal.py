@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Engine, Table, and_, select
 
+from conf.errors import ConfigError
 from stages.serve.database import EVENTS, RATINGS, REMOVALS
 
 PIECE = 5000
@@ -30,6 +31,9 @@ def expire(engine: Engine, days: int) -> int:
     """Remove up to PIECE events that are older than so many days; returns how many there were."""
     old = select(EVENTS.c.id).where(EVENTS.c.at < time.time() - days * 86_400).limit(PIECE)
     with engine.begin() as connection:
+        owner = select(EVENTS.c.user).where(EVENTS.c.id == RATINGS.c.answer_id).scalar_subquery()
+        unnamed = RATINGS.c.user.is_(None) & RATINGS.c.answer_id.in_(old)
+        connection.execute(RATINGS.update().where(unnamed).values(user=owner))  # or nobody could find them for this user
         events = connection.execute(EVENTS.delete().where(EVENTS.c.id.in_(old))).rowcount
         if events:
             _tell(connection, "retention", Removed(events=events, ratings=0))
@@ -44,6 +48,7 @@ def forget(engine: Engine, user: str | None, key: str | None = None) -> Removed:
         key: id of the API key; null: any.
 
     Raises:
+        ConfigError: somebody reads the database, so that SQLite's log cannot be cut.
         ValueError: neither is given.
     """
     if user is None and key is None:
@@ -55,7 +60,8 @@ def forget(engine: Engine, user: str | None, key: str | None = None) -> Removed:
         _tell(connection, "forgotten", removed, user, key)
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")  # the log still holds what was deleted
+            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar_one():  # the log still holds what was deleted
+                raise ConfigError("the rows are removed, but the write-ahead log still holds them: somebody reads the database", "run it again later")
     return removed
 
 

@@ -76,10 +76,10 @@ class Slots:
                 self._busy, queue.working = self._busy + 1, queue.working + len(jobs)
             try:
                 self.work(jobs)
-            except Exception as error:  # one answer must not take the slot with it: it is told, and the log has the traceback
+            except Exception:  # one answer must not take the slot with it: it is told, and the log has the traceback
                 log.exception("a batch of %d failed", len(jobs))
                 for job in jobs:
-                    job.end("failed", error=str(error))
+                    job.end("failed")
             with queue.change:
                 self._busy, queue.working = self._busy - 1, queue.working - len(jobs)
                 queue.waiting.extend(job for job in jobs if job.reason is None)

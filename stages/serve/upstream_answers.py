@@ -137,12 +137,12 @@ class UpstreamAnswers(Answers):
                 async for part in self.line.engine.ask(self.line.client, hidden, masks, self._count, len(self.jobs)):
                     if part.finish_reason is not None:
                         reasons[part.index] = part.finish_reason if part.finish_reason in ("length", "content_filter") else "stop"  # type: ignore[assignment]
-                    self._take(part, unmasked[part.index])
+                    await anyio.to_thread.run_sync(self._take, part, unmasked[part.index], limiter=self.line.admission.threads)  # the guard reads it
                     self._opened.set()
             for index, job in enumerate(self.jobs):
                 rest = unmasked[index].finish()
                 job.text.add(rest)  # type: ignore[attr-defined]
-                job.end(reasons.get(index, "stop"), rest)
+                await anyio.to_thread.run_sync(job.end, reasons.get(index, "stop"), rest, limiter=self.line.admission.threads)
         except TimeoutError:
             self._fail(Refused(504, "the answer took longer than the service allows", code="timeout"), "timeout")
         except Refused as refused:

@@ -141,7 +141,8 @@ class Snapshot:
     def model(self) -> dict[str, Any]:
         """What answers: engine, guard's classifier, and the service's code and settings. Equal: the same answers."""
         read = {path: md5 for stage in ("evaluate", "redteam", "package") for path, md5 in self.inputs(stage).items()}
-        code = {path: md5 for path, md5 in read.items() if path.startswith("stages/serve/") or path == "stages/package.py"}
+        package = {path for path in self.inputs("package") if path.endswith(".py")}  # what the Bento holds: personal data and patterns too
+        code = {path: md5 for path, md5 in read.items() if path.startswith("stages/serve/") or path in package}
         guard = {path: md5 for path, md5 in self.outputs("guard").items() if path.endswith(("guard.json", "weights.safetensors"))}
         command = self.lock.get("package", {}).get("cmd")
         return {"engine": self.measured, "guard": guard, "serve": self.params.get("serve"), "code": code, "command": command}

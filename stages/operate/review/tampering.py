@@ -55,7 +55,7 @@ def tampering(base: Snapshot, tree: Snapshot, rules: Sequence[RuleChange], score
         leaked: rows to train on that the base asks.
     """
     found = [Flag(what=rule.what, holds=True) for rule in rules if rule.effect == "loosens"]
-    found += [*_smaller(base, scores, attacks), *_edited(base, tree)]
+    found += [*_smaller(base, scores, attacks), *_guard_smaller(base, tree), *_edited(base, tree)]
     if leaked:
         found.append(Flag(what=f"{leaked} rows to train on are in the base's evaluation set, word for word", holds=True))
     return sorted(found, key=lambda flag: not flag.holds)
@@ -69,6 +69,14 @@ def _smaller(base: Snapshot, scores: dict[str, Any], attacks: dict[str, Any]) ->
     for part, old in (base.json("models/redteam/result.json") or {}).items():
         if part in ("attacks", "benign") and (rows := attacks.get(part, {}).get("n", 0)) < old.get("n", 0):
             yield Flag(what=f"the red team's {part} shrink: {old['n']} → {rows}", holds=True)
+
+
+def _guard_smaller(base: Snapshot, tree: Snapshot) -> Iterator[Flag]:
+    before, now = (side.json("models/guard/result.json") or {} for side in (base, tree))
+    for part in ("unseen", "ordinary"):
+        old, new = (side.get(part, {}).get("n", 0) for side in (before, now))
+        if now and new < old:
+            yield Flag(what=f"the texts that measure the guard shrink ({part}): {old} → {new}", holds=True)
 
 
 def _edited(base: Snapshot, tree: Snapshot) -> Iterator[Flag]:

@@ -39,8 +39,6 @@ TOKEN = re.compile(r"\w+|[^\w\s]")
 ODD = np.uint64(0x9E3779B97F4A7C15)
 PRIME = np.uint64(0x100000001B3)
 """Of FNV-1a: makes a hash depend on the order of what went into it."""
-LONGEST = 40_000
-"""Characters of a view that are read; the service's own limits are far below."""
 
 
 def windows(length: int, size: int) -> np.ndarray:
@@ -92,7 +90,6 @@ def features(text: str, size: int, bits: int, chars: list[int], words: list[int]
         Places in the table (int64, sorted in a window), values (float32, of length 1 together in a window), and where the windows begin and the last
         one ends (int64, shape (windows + 1,)).
     """
-    text = text[:LONGEST]
     at, places = grams(text, bits, chars, words)
     limits = np.searchsorted(at, windows(len(text), size) + np.array([0, 1]))
     counts = limits[:, 1] - limits[:, 0]

@@ -14,9 +14,10 @@ from typing import Protocol
 
 from conf.schema import Consequence, ServeGuard
 from stages.serve.guard.classifier import Classifier
+from stages.serve.guard.folded import Folded
 from stages.serve.guard.normalise import normalise, views
 from stages.serve.guard.quoted import NAMES, Quotation, own_words, quotations
-from stages.serve.guard.rules import Rule, Rules, declared, overwrite, without
+from stages.serve.guard.rules import Rule, Rules, declared, overwrite
 from stages.serve.guard.verdict import DocumentVerdict, Finding, Verdict, worst
 
 REMOVED = "<DOCUMENT REMOVED>"
@@ -152,9 +153,8 @@ class Guard:
                 findings.add(self._late(tier.name))
                 continue
             began = time.thread_time()
-            normal = normalise(text)
-            excused = self.rules.excused(normal)
-            scored = tier.scorer.score(without(normal, excused) if excused else text)
+            folded = Folded(text)  # a payload that is left must stay as it was written, or it could not be decoded
+            scored = tier.scorer.score(overwrite(text, [(*folded.span(*span), " ") for span in self.rules.excused(folded.text)]))
             clock.add(tier.name, began)
             score = max(score, scored)
             limit = self.settings.documents.threshold if documents and self.settings.documents.threshold is not None else tier.threshold

@@ -77,12 +77,16 @@ def script(letter: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """The text as rules and classifier read it: NFKC, no invisible characters or accents, case-folded, Latin for look-alikes, single blanks."""
+    """The text as rules and classifier read it: `plain`, with Latin for look-alikes."""
+    return latin(plain(text))
+
+
+def plain(text: str) -> str:
+    """NFKC, no invisible characters or accents, case-folded, single blanks."""
     if text.isascii():
         return " ".join(text.casefold().split())
     text = INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).casefold()
-    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return " ".join(latin(text).split())
+    return " ".join("".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).split())
 
 
 def views(text: str) -> list[str]:

@@ -22,6 +22,8 @@ from stages.serve.guard.rules import declared
 from stages.serve.guard.secrets import Secrets, scanner
 from stages.serve.guard.verdict import Finding, Verdict
 
+LOOK = 512
+"""Most characters of an answer that are taken at a time: a long one is many looks, each within the budget."""
 EXAMPLES = "+1 201 555 0123, GB29 NWBK 6016 1331 9268 19, 4111 1111 1111 1111, 943 476 5919, 078-05-1120"
 """Made numbers: the first look at their like loads the plans that they are checked with, and that is no answer's fault."""
 
@@ -89,7 +91,7 @@ class Watch:
 
     def push(self, piece: str) -> str:
         """Take what the model said next; returns what may leave now."""
-        return self._step(piece, final=False)
+        return "".join(self._step(piece[at : at + LOOK], final=False) for at in range(0, len(piece), LOOK))
 
     def finish(self) -> str:
         """The model says no more; returns the rest that may leave."""

@@ -13,6 +13,7 @@ from conf.errors import ConfigError
 from conf.patterns import compile_pattern
 from conf.schema import Action, Direction, ServeGuard
 from stages.serve.guard.folded import Folded
+from stages.serve.guard.normalise import normalise, plain
 
 LETTER = r"\pL\pN"
 WITHOUT_BLANKS = re.compile("[\u0e00-\u0eff\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
@@ -77,8 +78,8 @@ def whole(word: str) -> tuple[bool, str]:
     """Whether a word or phrase must stand alone, as it does in scripts with blanks between words, and its pattern."""
     import re2
 
-    folded = Folded(word.strip()).text
-    return not WITHOUT_BLANKS.search(folded), r"\s".join(re2.escape(part) for part in folded.split(" "))
+    found = {Folded(word.strip()).text, normalise(word), plain(word)}  # an answer is read letter by letter, a request word by word
+    return not any(map(WITHOUT_BLANKS.search, found)), "|".join(r"\s".join(map(re2.escape, form.split(" "))) for form in sorted(found))
 
 
 class Rules:
@@ -118,8 +119,3 @@ def overwrite(text: str, spans: Sequence[tuple[int, int, str]]) -> str:
             pieces += [text[at:start], word]
         at = max(at, end)
     return "".join([*pieces, text[at:]])
-
-
-def without(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """The text less these parts."""
-    return overwrite(text, [(start, end, " ") for start, end in spans])
