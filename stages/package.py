@@ -122,7 +122,9 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     (context / "guard").mkdir()
     for name in GUARD_FILES:
         shutil.copyfile(GUARD / name, context / "guard" / name)
-    for path in closure(SERVICE, leave_out={"conf.yaml", *(f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind)}):
+    unused = {f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind}
+    unused |= set() if serve.guard.transformer else {"stages.serve.guard.transformer"}
+    for path in closure(SERVICE, leave_out={"conf.yaml", *unused}):
         (context / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, context / path)
     write_json(context / "serve.json", {"name": settings.name, "digest": digest, "serve": asdict(serve)})

@@ -292,7 +292,7 @@ def test_a_full_dvc_cache_is_named_by_dvc_and_mended_by_the_next_repro(spare: Pa
     """DVC names each file that it has no room for, and goes on without it: the next repro puts it into the cache."""
     with on_a_small_disk(spare / ".dvc/cache"):
         filler = fill(spare / ".dvc/cache", 100_000)
-        change(spare / "conf/collect/attacks.yaml", "limit: 200", "limit: 199")
+        change(spare / "conf/collect/attacks.yaml", "limit: 300", "limit: 299")
         done = sh(spare, "dvc", "repro", "collect", check=False)
         said = done.stdout + done.stderr
         assert re.search(rf"failed to transfer .*No space left on device: .*{re.escape(str(spare / '.dvc/cache'))}", said), said
@@ -317,7 +317,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("place", [".dvc/tmp/trunkline", ".dvc/cache"])
 def test_a_read_only_cache_is_a_sentence(spare: Path, reference: Reference, place: str) -> None:
-    change(spare / "conf/collect/attacks.yaml", "limit: 200", "limit: 198")
+    change(spare / "conf/collect/attacks.yaml", "limit: 300", "limit: 298")
     with read_only(spare / place):
         done = sh(spare, "dvc", "repro", "collect", check=False)
     said = done.stdout + done.stderr

@@ -94,7 +94,7 @@ from stages.serve.assistant import Assistant
 from stages.serve.wire import ChatRequest
 assistant = Assistant.load(Path())
 asked = ChatRequest.model_validate({"model": "kestrel-desk", "messages": [{"role": "user", "content": "cancel my order"}]})
-answer = assistant.engine.generate(assistant.prompts(asked, assistant.screen(asked)), assistant.sampling(asked))[0].text
+answer = assistant.engine.generate(assistant.prompts(asked, assistant.screen(asked).texts), assistant.sampling(asked))[0].text
 print(assistant.digest, answer.encode())
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"TRUNKLINE_ENGINES": str(tmp_path / "engines")}
@@ -149,7 +149,8 @@ def test_the_requirements_are_exactly_the_imports() -> None:
         "uvloop",
     }
     assert all("==" in line and "+" not in line for line in pinned)
-    assert "torch" in {line.partition("==")[0] for line in requirements("transformers")}
+    for pins in (requirements("transformers"), requirements("ctranslate2", transformer=True)):
+        assert {"torch", "transformers"} <= {line.partition("==")[0] for line in pins}
     with pytest.raises(ModelError, match="vllm is not installed"):
         requirements("vllm")
 
