@@ -131,7 +131,7 @@ def test_the_provenance_names_the_platforms_and_a_mix_is_said(tmp_path: Path) ->
     src = folder / "models/package/src"
     assert read_json(src / "provenance.json")["platforms"] == {stage: OLD if stage == "select" else NEW for stage in platform.RECORDS}
     card = (src / "MODEL_CARD.md").read_text()
-    assert "select: instructions avx2; " in card and "tune, export, evaluate, redteam: instructions avx2 avx512f; " in card
+    assert "select: instructions avx2; " in card and "tune, export, evaluate, guard, redteam: instructions avx2 avx512f; " in card
 
 
 def test_the_summary_says_where_it_was_made(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_summary_says_where_it_was_made(tmp_path: Path) -> None:
         write_json(folder / path, read_json(folder / path) | {"platform": here})
     command = (sys.executable, "-m", "stages.operate.cli", "summary")
     shown = " ".join(sh(folder, *command).stdout.split())
-    assert f"Made on (select, tune, export, evaluate, redteam): instructions {here['instructions']}" in shown
+    assert f"Made on (select, tune, export, evaluate, guard, redteam): instructions {here['instructions']}" in shown
     assert "another platform" not in shown
     tuned = folder / platform.RECORDS["tune"]
     write_json(tuned, read_json(tuned) | {"platform": here | {"instructions": "avx2"}})
