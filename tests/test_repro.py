@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stages.operate.repro import alive
@@ -119,6 +120,8 @@ def test_a_killed_process_whose_number_another_one_has_holds_nothing(checkout: P
 @pytest.mark.parametrize(("named", "expected"), [("dvc", True), ("other", False)])
 def test_only_dvc_counts_as_alive(named: str, expected: bool) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", named, "repro"]) as process:
+        while not psutil.Process(process.pid).cmdline():  # while it becomes that program it has none
+            time.sleep(0.01)
         assert alive({"pid": process.pid, "cmd": "dvc repro"}) is expected
         process.kill()
     assert not alive({"pid": process.pid, "cmd": "dvc repro"})
