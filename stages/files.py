@@ -29,7 +29,8 @@ DISK = {errno.ENOSPC, errno.EROFS, errno.EDQUOT}
 def publish(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success rename it over `path` (file or folder), on failure remove it.
 
-    A folder is moved aside before it is replaced: at no moment is there a half of it under its name.
+    A folder is moved aside before it is replaced: at no moment is there a half of it under its name. It keeps its `.gitignore`, which DVC writes when
+    the stage is over: a kill before that would leave none, and the next run, which finds the outputs as recorded, would not write it either.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old.partial")
@@ -38,6 +39,8 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
+            if (ignored := path / ".gitignore").is_file():
+                shutil.copyfile(ignored, temporary / ".gitignore")
             path.replace(old)
         temporary.replace(path)
     except Exception as error:

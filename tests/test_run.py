@@ -203,3 +203,14 @@ def test_the_digest_of_a_folder_sees_names_and_bytes(tmp_path: Path) -> None:
     renamed = sha256(tmp_path / "a")
     (tmp_path / "a/y").write_text("2")
     assert len({before, renamed, sha256(tmp_path / "a")}) == 3
+
+
+def test_a_published_folder_keeps_what_git_ignores_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "redteam"
+    for text in ("first", "second"):
+        with publish(out) as folder:
+            folder.mkdir()
+            (folder / "samples.jsonl").write_text(text)
+        if text == "first":
+            (out / ".gitignore").write_text("/samples.jsonl\n")
+    assert (out / ".gitignore").read_text() == "/samples.jsonl\n" and (out / "samples.jsonl").read_text() == "second"
