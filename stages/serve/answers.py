@@ -99,16 +99,18 @@ class Answers:
 
     async def _enter(self) -> None:
         threads = self.scheduler.admission.threads
-        await anyio.to_thread.run_sync(self.assistant.prompts, self.request, texts(self.request), limiter=threads)  # refuses what is too long for the guard
+        prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request, texts(self.request), limiter=threads)  # refuses what is too long to read
         self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request, limiter=threads)
         if self.guarded:
             return
-        jobs = await anyio.to_thread.run_sync(self._make, self.screened, limiter=threads)
+        jobs = await anyio.to_thread.run_sync(self._make, prompts, self.screened, limiter=threads)
         self.scheduler.submit(jobs)
         self.jobs = jobs
 
-    def _make(self, screened: Screened) -> list[Job]:
-        prompts, each = self.assistant.prompts(self.request, screened.texts), self.request.n or 1
+    def _make(self, prompts: list[list[int]], screened: Screened) -> list[Job]:
+        if screened.texts != list(texts(self.request)):  # masked
+            prompts = self.assistant.prompts(self.request, screened.texts)
+        each = self.request.n or 1
         self.shown = [Shown(watch=self.assistant.watch(self.request, screened)) for _ in range(len(prompts) * each)]
         return [self._job(prompt, p * each + i, i) for p, prompt in enumerate(prompts) for i in range(each)]
 
