@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -52,14 +52,14 @@ def teaches(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 2 == 0
 
 
-def chosen(name: str, source: GuardSource) -> list[Record]:
+def chosen(name: str, source: GuardSource, read: Callable[[Path], Iterable[Record]] = read_records) -> list[Record]:
     """The rows of a dataset that the guard uses, ordered by the hash of their text; equal texts are taken once.
 
     Raises:
         DataError: there is none.
     """
     path = COLLECTED / f"{name}.jsonl"
-    rows = {normalise(row.text): row for row in read_records(path) if source.labels is None or row.label in source.labels}
+    rows = {normalise(row.text): row for row in read(path) if source.labels is None or row.label in source.labels}
     rows.pop("", None)
     if not rows:
         of = f" with the label {' or '.join(source.labels)}" if source.labels else ""
@@ -67,10 +67,12 @@ def chosen(name: str, source: GuardSource) -> list[Record]:
     return sorted(rows.values(), key=lambda row: digest(row.text))[: source.limit]
 
 
-def samples(sources: Mapping[str, GuardSource], *, hostile: bool) -> Iterator[tuple[bool, Record, Sample]]:
-    """Yield (teaches, row, sample) of every row of every source."""
+def samples(
+    sources: Mapping[str, GuardSource], *, hostile: bool, read: Callable[[Path], Iterable[Record]] = read_records
+) -> Iterator[tuple[bool, Record, Sample]]:
+    """Yield (teaches, row, sample) of every row of every source. Args: read: a file's records, here or in another state of the repository."""
     for name, source in sorted(sources.items()):
-        for row in chosen(name, source):
+        for row in chosen(name, source, read):
             teach = source.use == "train" or (source.use == "split" and teaches(row.group or normalise(row.text)))
             family = (source.family or row.label or name) if hostile else "benign"
             yield teach, row, Sample(source=name, family=family, text=row.text, hostile=hostile, unseen=source.use == "test", counts=source.counts)

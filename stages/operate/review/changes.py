@@ -11,7 +11,7 @@ from typing import Any, Literal
 from stages.operate.differences import Difference, differences
 from stages.operate.review.snapshot import Snapshot
 
-CARD, TRAIN, TEST = "models/package/src/MODEL_CARD.md", "data/preprocess/train.jsonl", "data/preprocess/test.jsonl"
+CARD, TRAIN = "models/package/src/MODEL_CARD.md", "data/preprocess/train.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,6 @@ class DataChange:
     """Label of a training row -> rows before and after."""
     shift: float
     """Total variation distance of the labels' shares: 0 the same, 1 nothing in common."""
-    leaked: int
-    """Rows to train on whose text is in the base's evaluation set."""
 
     @property
     def same(self) -> bool:
@@ -106,16 +104,13 @@ def data_change(base: Snapshot, tree: Snapshot) -> DataChange:
     """
     manifests = [side.json("data/collect/manifest.json") or {} for side in (base, tree)]
     summaries = [side.json("data/preprocess/summary.json") or {} for side in (base, tree)]
-    same = base.outputs("preprocess") == tree.outputs("preprocess")
     labels = [Counter(row.get("label") or "(none)" for row in side.rows(TRAIN)) for side in (base, tree)]
-    asked = {row["text"] for row in base.rows(TEST)} if not same else set()
     return DataChange(
         sources=[_source(name, *(m.get(name) for m in manifests)) for name in sorted({*manifests[0], *manifests[1]})],
         splits=_pairs(*(s.get("rows", {}) for s in summaries)),
         dropped=_pairs(*(s.get("reasons", {}) for s in summaries)),
         labels=_pairs(*labels),
         shift=shift(*labels),
-        leaked=sum(row["text"] in asked for row in tree.rows(TRAIN)) if asked else 0,
     )
 
 

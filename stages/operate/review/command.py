@@ -23,6 +23,7 @@ from stages.operate.plan import Cost, desired_origins, recorded_costs
 from stages.operate.review.changes import DataChange, StageChange, card_change, data_change, stage_changes
 from stages.operate.review.judge import ATTACKS, SCORES, VERDICT, Judgement, judge
 from stages.operate.review.latency import Latency, measure
+from stages.operate.review.learned import learned
 from stages.operate.review.scores import SampleChange, ScoreChange, sample_changes, score_changes
 from stages.operate.review.snapshot import Snapshot
 from stages.operate.review.tampering import Flag, tampering
@@ -118,7 +119,7 @@ def review(base_name: str, production_name: str, *, time_answers: bool = True) -
             found.latency = found.attempt(lambda: measure(champion, tree)) or {}
     _own_gate(found, tree)
     scores, attacks = found.attempt(lambda: tree.json(SCORES)) or {}, found.attempt(lambda: tree.json(ATTACKS)) or {}
-    found.flags = tampering(base, tree, found.rules, scores.get("tasks", {}), attacks, found.data.leaked if found.data else 0)
+    found.flags = tampering(base, tree, found.rules, scores.get("tasks", {}), attacks, found.attempt(lambda: learned(base, tree)))
     if (weighty := [flag for flag in found.flags if flag.holds]) and (not measured or base.model != tree.model):
         found.held.insert(0, f"it alters the model and weakens its judge in one (flags: {len(weighty)}): bring the judge's change in a change of its own")
     return found

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stages.operate.git import git
 from stages.operate.review.snapshot import Snapshot
 from stages.operate.rules import RuleChange
+
+if TYPE_CHECKING:
+    from stages.operate.review.learned import Learned
 
 WARDENS = ("stages/operate/*", "conf/*.py", ".github/*", ".gitlab-ci.yml", ".ci/*", ".gitattributes")
 """Beside the gate stage's own code: what reviews, what runs the review, and what reads the rules."""
@@ -43,7 +46,9 @@ def changed_files(base: Snapshot) -> list[str]:
     return sorted({*found, *git("ls-files", "--others", "--exclude-standard").stdout.splitlines()})
 
 
-def tampering(base: Snapshot, tree: Snapshot, rules: Sequence[RuleChange], scores: dict[str, Any], attacks: dict[str, Any], leaked: int) -> list[Flag]:
+def tampering(
+    base: Snapshot, tree: Snapshot, rules: Sequence[RuleChange], scores: dict[str, Any], attacks: dict[str, Any], taught: Learned | None
+) -> list[Flag]:
     """Every flag, those that hold first.
 
     Args:
@@ -52,13 +57,23 @@ def tampering(base: Snapshot, tree: Snapshot, rules: Sequence[RuleChange], score
         rules: what it does to the rules.
         scores: task -> entry of the tree's own scores.json.
         attacks: the tree's own red-team result.
-        leaked: rows to train on that the base asks.
+        taught: what it teaches that the base asks; null: it could not be counted.
     """
     found = [Flag(what=rule.what, holds=True) for rule in rules if rule.effect == "loosens"]
     found += [*_smaller(base, scores, attacks), *_guard_smaller(base, tree), *_edited(base, tree)]
-    if leaked:
-        found.append(Flag(what=f"{leaked} rows to train on are in the base's evaluation set, word for word", holds=True))
+    found += _by_heart(taught) if taught else []
     return sorted(found, key=lambda flag: not flag.holds)
+
+
+def _by_heart(taught: Learned) -> Iterator[Flag]:
+    for count, what, holds in (
+        (taught.asked, "rows to train on are in the base's evaluation set, word for word", True),
+        (taught.attacks, "rows to train on are attacks of the base's red team, word for word", True),
+        (taught.guard, "texts that teach the guard repeat what the base measures it on", True),
+        (taught.dropped, "texts of the guard's teaching sources repeat what the base measures it on: the guard drops them", False),
+    ):
+        if count:
+            yield Flag(what=f"{count} {what}", holds=holds)
 
 
 def _smaller(base: Snapshot, scores: dict[str, Any], attacks: dict[str, Any]) -> Iterator[Flag]:
