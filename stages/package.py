@@ -127,7 +127,7 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     for path in closure(SERVICE, leave_out={"conf.yaml", *unused}):
         (context / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, context / path)
-    write_json(context / "serve.json", {"name": settings.name, "digest": digest, "serve": asdict(serve)})
+    write_json(context / "serve.json", {"name": settings.name, "digest": digest, "guard": sha256(context / "guard"), "serve": asdict(serve)})
     write_json(context / "provenance.json", provenance(digest))
     card = model_card(settings, digest=digest, manifest=read_json(MANIFEST), leaderboard=read_json(LEADERBOARD), scores=read_json(SCORES),
                       redteam=read_json(REDTEAM / "result.json"), guard=read_json(GUARD / "result.json"), verdict=read_json(VERDICT),

@@ -154,6 +154,28 @@ def test_an_altered_bento_does_not_serve(tmp_path: Path) -> None:
         Assistant.load(src)
 
 
+def test_an_altered_guard_does_not_serve(tmp_path: Path) -> None:
+    """A guard that refuses nothing would load, too."""
+    from safetensors.numpy import load_file, save_file
+
+    from stages.serve.assistant import Assistant
+
+    src = shutil.copytree(packaged() / "models/package/src", tmp_path / "src")
+    weights = src / "guard/weights.safetensors"
+    whole, tensors = weights.read_bytes(), load_file(weights)
+    save_file(tensors | {"bias": tensors["bias"] - 100}, weights)
+    with pytest.raises(ModelError, match=r"guard has digest [0-9a-f]{64}, and [0-9a-f]{64} was packaged"):
+        Assistant.load(src)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"guard has digest [0-9a-f]{64}, and"):
+        Assistant.load(src)
+    weights.write_bytes(whole)
+    assert Assistant.load(src).guard.tiers, "the guard that was packaged serves"
+    shutil.rmtree(src / "guard")
+    with pytest.raises(ModelError, match="guard has digest none"):
+        Assistant.load(src)
+
+
 def test_the_service_imports_no_torch() -> None:
     src = packaged() / "models/package/src"
     script = "import sys; from stages.serve.assistant import Assistant; import stages.serve.api; from pathlib import Path; Assistant.load(Path()); print(sorted(sys.modules))"

@@ -48,17 +48,17 @@ class Assistant:
         """Load from a folder with `serve.json`, `engine/` and `guard/`, as `package` writes it.
 
         Raises:
-            ModelError: a file is missing, or the engine is not the one that was packaged.
+            ModelError: a file is missing, or engine or guard is not the one that was packaged.
         """
         path = root / "serve.json"
         if not path.is_file():
             raise ModelError(f"{path} is missing", "serve a Bento that `dvc repro package` made")
         facts = json.loads(path.read_text(encoding="utf-8"))
         settings = TypeAdapter(Serve).validate_json(json.dumps(facts["serve"]))
-        if (actual := sha256(root / "engine")) != facts["digest"]:
-            raise ModelError(f"{root / 'engine'} has digest {actual}, and {facts['digest']} was packaged", "the files were altered: run `dvc repro package`")
-        folder = root / "guard"
-        guard = Guard(folder if folder.is_dir() else None, settings.guard)
+        for folder, packaged in ((root / "engine", facts["digest"]), (root / "guard", facts["guard"])):
+            if (actual := sha256(folder) if folder.is_dir() else "none") != packaged:
+                raise ModelError(f"{folder} has digest {actual}, and {packaged} was packaged", "the files were altered: run `dvc repro package`")
+        guard = Guard(root / "guard", settings.guard)
         engine = open_engine(root / "engine", settings.engine, batches=True)
         return cls(name=facts["name"], digest=facts["digest"], engine=engine, guard=guard, settings=settings)
 
