@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import string
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from conf.errors import ConfigError
 from conf.schema import GuardAnswer, GuardBudget, GuardRule, GuardTopic, ServeGuard
+from stages.serve.guard.finders import Answer, Span, boundary
 from stages.serve.guard.outgoing import Outgoing, Watch
+from stages.serve.guard.personal import Personal
 
 LETTERS = random.Random(3)
 
@@ -156,6 +159,20 @@ def test_little_is_held_back() -> None:
         reading.push(text[at : at + 4])
         held.append(min(at + 4, len(text)) - reading.settled)
     assert max(held) <= 40 and sum(held) / len(held) < 12
+
+
+@pytest.mark.parametrize("unit", ["1234 ", "192.", "4111-", "DE89 ", "20260011223344, "])
+def test_a_long_number_is_not_read_again_for_each_token(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, find = list[int](), Personal.find
+
+    def counted(self: Personal, answer: Answer, start: int, final: bool) -> Iterable[Span]:
+        looked.append(len(answer.raw) - boundary(answer.raw, start))
+        return find(self, answer, start, final)
+
+    monkeypatch.setattr(Personal, "find", counted)
+    text = (unit * 2000)[:1500]
+    reading = streamed([text[at : at + 3] for at in range(0, len(text), 3)])
+    assert reading.settled == len(text) and sum(looked) < 8 * len(text), f"{len(looked)} looks, {sum(looked)} characters"
 
 
 def test_a_key_without_an_end_is_refused_at_the_bound() -> None:

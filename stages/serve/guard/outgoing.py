@@ -14,7 +14,7 @@ from conf.schema import ServeGuard
 from stages.pii import redact
 from stages.serve.guard.canary import Canary
 from stages.serve.guard.declared import Declared
-from stages.serve.guard.finders import Answer, Finder, Slow, Span
+from stages.serve.guard.finders import CONTEXT, Answer, Finder, Slow, Span
 from stages.serve.guard.folded import Folded
 from stages.serve.guard.personal import Personal
 from stages.serve.guard.prompt import Prompt
@@ -24,6 +24,8 @@ from stages.serve.guard.verdict import Finding, Verdict
 
 LOOK = 512
 """Most characters of an answer that are taken at a time: a long one is many looks, each within the budget."""
+LEAVES = CONTEXT // 2
+"""Least characters that leave at a time of a long part that is held back, a column of numbers say: each look reads `CONTEXT` characters again."""
 EXAMPLES = "+1 201 555 0123, GB29 NWBK 6016 1331 9268 19, 4111 1111 1111 1111, 943 476 5919, 078-05-1120"
 """Made numbers: the first look at their like loads the plans that they are checked with, and that is no answer's fault."""
 
@@ -146,7 +148,7 @@ class Watch:
             if any(isinstance(finder, Secrets) and finder.head(answer, start) is not None for finder in self._finders):
                 return self._refuse("secret")
             hold = end - most // 2
-        if hold <= start:
+        if hold <= start or (not forced and hold - start < LEAVES < end - start):
             return ""
         spans = sorted(span for finder in self._finders for span in finder.find(answer, start, final) if span.start < hold)
         if not forced:
