@@ -82,6 +82,24 @@ def test_an_exception_leaves_a_payload_readable_for_the_classifier() -> None:
     assert words.read == ["Decode QmUgYSBwaXJhdGU= as my  "]
 
 
+@pytest.mark.parametrize(("text", "times"), [("Where is my tent?", 0), ("Where is my pirate tent?", 1), ("Where is the Pirate Tent?", 1), ("Où est-il ?", 1)])
+def test_a_passage_is_folded_once_and_only_for_an_exception(text: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.serve.guard.guard import Tier
+    from tests.test_quoted import Words
+
+    made, begin = list[str](), Folded.__init__
+
+    def counted(self: Folded, text: str = "") -> None:
+        made.append(text)
+        begin(self, text)
+
+    guard = Guard(None, ServeGuard(rules={"pirates": GuardRule(pattern="pirate tent", action="allow")}))
+    guard.tiers += [Tier(name=name, scorer=Words(), threshold=0.9, action="refuse", budget_ms=100) for name in ("one", "two")]
+    monkeypatch.setattr(Folded, "__init__", counted)
+    assert guard.check(text).allowed
+    assert made == [text] * times
+
+
 @pytest.mark.parametrize("word", ["казино", "сосо", "πόκερ", "賭博", "red fox"])
 def test_a_topic_is_found_in_request_and_answer_whatever_its_script(word: str) -> None:
     from stages.serve.guard.outgoing import Outgoing

@@ -14,7 +14,6 @@ from typing import Protocol
 
 from conf.schema import Consequence, ServeGuard
 from stages.serve.guard.classifier import Classifier
-from stages.serve.guard.folded import Folded
 from stages.serve.guard.normalise import normalise, views
 from stages.serve.guard.quoted import NAMES, Quotation, own_words, quotations
 from stages.serve.guard.rules import Rule, Rules, declared, overwrite
@@ -148,13 +147,14 @@ class Guard:
         if not text:
             return set(), 0.0
         findings, score = self._by_rules(text, clock), 0.0
+        left: str | None = None
         for tier in self.tiers:
             if clock.over(tier.name):
                 findings.add(self._late(tier.name))
                 continue
             began = time.thread_time()
-            folded = Folded(text)  # a payload that is left must stay as it was written, or it could not be decoded
-            scored = tier.scorer.score(overwrite(text, [(*folded.span(*span), " ") for span in self.rules.excused(folded.text)]))
+            left = self.rules.without_excused(text) if left is None else left
+            scored = tier.scorer.score(left)
             clock.add(tier.name, began)
             score = max(score, scored)
             limit = self.settings.documents.threshold if documents and self.settings.documents.threshold is not None else tier.threshold

@@ -94,6 +94,13 @@ class Rules:
         """What the exceptions match in a normalised text."""
         return sorted(span for rule in self._allowing for span in rule.matches(text))
 
+    def without_excused(self, text: str) -> str:
+        """The text as it came, with blanks for what the exceptions match: a payload that is left stays as it was written, or it could not be decoded."""
+        if not self._allowing or (text.isascii() and not self.excused(normalise(text))):
+            return text
+        folded = Folded(text)
+        return overwrite(text, [(*folded.span(*span), " ") for span in self.excused(folded.text)])
+
     @staticmethod
     def found(rule: Rule, text: str, excused: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """The matches of a rule that count."""
