@@ -105,6 +105,18 @@ def test_a_find_is_refused_and_no_letter_of_it_leaves(name: str, before: str, te
         assert reading.push("more") == reading.finish() == ""
 
 
+@pytest.mark.parametrize(
+    ("mark", "harmless", "leaks"), [("KX-7777777", "7777777 items", "k x - 7 7 7 7 7 7 7"), ("KX-0A1B2C", "Code 0A1B2C", "KX 0a1b2c"), ("A-1", "A-1 steel", "")]
+)
+def test_a_short_mark_is_no_chance_find(mark: str, harmless: str, leaks: str) -> None:
+    out = Outgoing(ServeGuard(answer=GuardAnswer(canary="KX-[0-9A-F]+|A-1", prompt=None)))
+    system = f"Reference {mark}."
+    assert out.watch(system).whole(harmless) == harmless
+    reading = out.watch(system)
+    reading.whole(f"It is {leaks}.")
+    assert reading.refused is bool(leaks)
+
+
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_harmless_leaves_as_it_is(text: str) -> None:
     for pieces in ([text], list(text)):

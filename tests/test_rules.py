@@ -100,6 +100,15 @@ def test_a_passage_is_folded_once_and_only_for_an_exception(text: str, times: in
     assert made == [text] * times
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [("Is the H4ck3r Pack here?", True), ("Is the h4ck3r pack 4 y0u th3re?", True), ("Is the h4ck3r here?", False), ("The h4ck3r pack, h4ck3r!", False)],
+)
+def test_an_exception_excuses_what_it_says_in_leetspeak(text: str, allowed: bool) -> None:
+    rules = {"hacker": GuardRule(pattern="hacker"), "product": GuardRule(pattern="h4ck3r pack", action="allow")}
+    assert Guard(None, ServeGuard(rules=rules)).check(text).allowed is allowed
+
+
 @pytest.mark.parametrize("word", ["казино", "сосо", "πόκερ", "賭博", "red fox"])
 def test_a_topic_is_found_in_request_and_answer_whatever_its_script(word: str) -> None:
     from stages.serve.guard.outgoing import Outgoing

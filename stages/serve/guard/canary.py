@@ -10,19 +10,23 @@ from stages.serve.guard.finders import Answer, Span
 from stages.serve.guard.folded import fold
 
 LEAST = 8
-"""Letters of a coded form, and of the mark itself without its prefix, from which it is no chance."""
+"""Letters of a form, and of the mark itself without its prefix, from which it is no chance."""
 
 
 def forms(secret: str) -> tuple[set[str], set[str]]:
-    """What to look for: on letters and digits alone, case-folded; and on the text without blanks as it came."""
-    core = bare(secret.rpartition("-")[2])
+    """What to look for: on letters and digits alone, case-folded; and on the text without blanks as it came.
+
+    A mark that is short without its prefix is looked for as a whole, and one that is short at all only in its long coded forms.
+    """
+    tail = secret.rpartition("-")[2]
+    core = bare(tail if len(bare(tail)) >= LEAST else secret)
     plain = {core, core[::-1]}
     coded = {
         form
-        for said in (secret, secret.lower(), secret.upper(), secret.rpartition("-")[2], secret.rpartition("-")[2].lower())
+        for said in (secret, secret.lower(), secret.upper(), *((tail, tail.lower()) if len(bare(tail)) >= LEAST else ()))
         for form in (said.encode().hex(), *(base64.b64encode(b" " * shift + said.encode()).decode()[(4 * shift + 2) // 3 : -4] for shift in range(3)))
     }
-    return {form for form in plain if form}, {form for form in coded if len(form) >= LEAST}
+    return {form for form in plain if len(form) >= LEAST}, {form for form in coded if len(form) >= LEAST}
 
 
 def bare(text: str) -> str:
@@ -46,7 +50,7 @@ class Canary:
             plain, coded = forms(secret)
             self._plain |= plain
             self._coded |= coded
-        self.any = bool(self._plain)
+        self.any = bool(self._plain | self._coded)
         self._longest = max(map(len, self._plain | self._coded), default=0)
 
     def hold(self, answer: Answer, start: int) -> int:

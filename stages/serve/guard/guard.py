@@ -14,7 +14,7 @@ from typing import Protocol
 
 from conf.schema import Consequence, ServeGuard
 from stages.serve.guard.classifier import Classifier
-from stages.serve.guard.normalise import normalise, views
+from stages.serve.guard.normalise import LEET, normalise, views
 from stages.serve.guard.quoted import NAMES, Quotation, own_words, quotations
 from stages.serve.guard.rules import Rule, Rules, declared, overwrite
 from stages.serve.guard.verdict import DocumentVerdict, Finding, Verdict, worst
@@ -167,8 +167,10 @@ class Guard:
         findings = set()
         if clock.over("rules"):
             return {self._late("rules")}
+        known: dict[str, list[tuple[int, int]]] = {}
         for view in views(text):
-            excused = self.rules.excused(view)
+            # leetspeak is rewritten letter by letter: what is excused as it was written is excused at the same place as it may be meant
+            excused = known[letters] = [*known.get(letters := view.translate(LEET), ()), *self.rules.excused(view)]
             for rule in self.rules.rules:
                 if next(self.rules.found(rule, view, excused), None) is not None:
                     findings.add(Finding(tier="rules", name=rule.name, action=rule.action))
