@@ -121,6 +121,52 @@ def test_a_topic_is_found_in_request_and_answer_whatever_its_script(word: str) -
     assert watch.refused
 
 
+@pytest.mark.parametrize(
+    ("pattern", "said", "found"),
+    [
+        ("казино", "Где находится Казино в Москве?", True),
+        ("казино", "Где находится кaзинo в Москве?", True),  # with Latin letters in it
+        ("КАЗИНО", "казино", True),
+        ("копей[а-я]+", "Одна копейка", True),
+        ("сосо", "сосо", True),
+        ("йод(ная|ный)", "Есть ли Йодный раствор?", True),
+        ("πόκερ", "Πού παίζουν ΠΌΚΕΡ εδώ;", True),
+        (r"\p{Greek}{5}", "Το πόκερ", True),
+        (r"\p{Greek}{6}", "Το πόκερ", False),
+        ("[Б-Щ]{2}", "Знать", True),
+        ("[а-я]{4}", "A cope of a peace", False),
+        ("caf[éè]s?", "Two CAFÉS, please", False),  # a class is read as it is written
+        ("cafés?", "Two CAFÉS, please", True),
+        ("賭博", "這是賭博嗎", True),
+        ("한국", "한국 주소", True),
+    ],
+)
+@pytest.mark.parametrize("action", ["refuse", "mask"])
+def test_a_pattern_of_any_script_is_found_in_request_and_answer(pattern: str, said: str, found: bool, action: str) -> None:
+    from stages.serve.guard.outgoing import Outgoing
+
+    settings = ServeGuard(rules={"games": GuardRule(pattern=pattern, action=action, direction="both")})  # type: ignore[arg-type]
+    screened, outgoing = Guard(None, settings).screen([Message(text=said)]), Outgoing(settings)
+    assert screened.verdict.reasons == (["games"] if found else [])
+    for pieces in ([said], list(said)):
+        watch = outgoing.watch()
+        shown = "".join([*map(watch.push, pieces), watch.finish()])
+        assert watch.verdict().reasons == screened.verdict.reasons
+        if found and action == "mask":
+            assert "<GAMES>" in screened.texts[0] and screened.texts[0] == shown
+        else:
+            assert shown == said if not found else watch.refused
+
+
+@pytest.mark.parametrize("said", ["Это суперказино.", "казинообразный"])
+def test_a_topic_is_a_whole_word_in_an_answer_too(said: str) -> None:
+    from stages.serve.guard.outgoing import Outgoing
+
+    settings = ServeGuard(topics={"games": GuardTopic(words=["казино"], direction="both")})
+    assert Guard(None, settings).check(said).allowed
+    assert Outgoing(settings).watch().whole(said) == said
+
+
 @pytest.mark.parametrize(("action", "allowed"), [("refuse", False), ("flag", True)])
 def test_what_follows_from_the_classifier(action: str, allowed: bool) -> None:
     from stages.serve.guard.guard import Tier

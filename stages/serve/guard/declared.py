@@ -23,29 +23,40 @@ class Declared:
         self._excuses = Rules(rules)
         self._rules = [rule for rule in rules if rule.action != "allow"]
         flags = regex.IGNORECASE | regex.ASCII
+        self._plainly = [rule for rule in rules if rule.plainly]
         try:
             self._patterns = [(rule, regex.compile(rule.lookaround, flags)) for rule in self._rules]
-            self._open = regex.compile(f"(?:{'|'.join(rule.lookaround for rule in rules)}){IMPOSSIBLE}", flags)
+            self._open, self._open_plainly = (
+                regex.compile(f"(?:{'|'.join(rule.lookaround for rule in some)}){IMPOSSIBLE}", flags) for some in (rules, self._plainly or rules)
+            )
         except regex.error as error:
             raise ConfigError(f"serve.guard: a rule or topic for what goes out cannot be read in pieces: {error}", "write it without that construct") from error
 
     def hold(self, answer: Answer, start: int) -> int:
         """From the first place on from which a match may go beyond the end."""
+        places = [len(answer.raw)]
         try:
-            match = self._open.search(answer.folded.text, answer.folded.at(start), partial=True, timeout=self._budget)
+            for folded, pattern in ((answer.folded, self._open), *([(answer.plainly, self._open_plainly)] if self._apart(answer) else [])):
+                match = pattern.search(folded.text, folded.at(start), partial=True, timeout=self._budget)
+                places += [folded.place(match.start())] if match else []
         except TimeoutError as error:
             raise Slow from error
-        return answer.folded.place(match.start()) if match else len(answer.raw)
+        return min(places)
+
+    def _apart(self, answer: Answer) -> bool:
+        """Whether the answer is read with look-alikes in their own script, too."""
+        return bool(self._plainly) and not answer.raw.isascii()
 
     def find(self, answer: Answer, start: int, final: bool) -> Iterable[Span]:
         """Matches that no exception covers."""
-        text, at = answer.folded.text, answer.folded.at(start)
-        excused = self._excuses.excused(text)
         try:
-            for rule, pattern in self._patterns:
-                for match in pattern.finditer(text, at, timeout=self._budget):
-                    if match.end() > match.start() and not any(s <= match.start() and match.end() <= e for s, e in excused):
-                        first, last = answer.folded.span(match.start(), match.end())
-                        yield Span(start=first, end=last, name=rule.name, action=rule.action)
+            for folded in (answer.folded, answer.plainly) if self._apart(answer) else (answer.folded,):
+                at, excused = folded.at(start), self._excuses.excused(folded.text)
+                for rule, pattern in self._patterns:
+                    if folded is answer.folded or rule.plainly:
+                        for match in pattern.finditer(folded.text, at, timeout=self._budget):
+                            if match.end() > match.start() and not any(s <= match.start() and match.end() <= e for s, e in excused):
+                                first, last = folded.span(match.start(), match.end())
+                                yield Span(start=first, end=last, name=rule.name, action=rule.action)
         except TimeoutError as error:
             raise Slow from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from stages.serve.guard.folded import Folded
@@ -38,11 +38,18 @@ class Answer:
 
     raw: str
     folded: Folded
+    _plainly: Folded = field(default_factory=lambda: Folded(plainly=True))
 
     def push(self, piece: str) -> None:
         """Add to the end."""
         self.raw += piece
         self.folded.push(piece)
+
+    @property
+    def plainly(self) -> Folded:
+        """The same with look-alikes in their own script; folded when it is asked for."""
+        self._plainly.push(self.raw[self._plainly.length :])
+        return self._plainly
 
 
 class Finder(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from functools import lru_cache
 
-from stages.serve.guard.normalise import normalise
+from stages.serve.guard.normalise import normalise, plain
 
 
 @lru_cache(maxsize=8192)
@@ -18,23 +18,32 @@ def fold(character: str) -> str:
     return " " if character.isspace() else normalise(character)
 
 
+@lru_cache(maxsize=8192)
+def fold_plainly(character: str) -> str:
+    """One character in its own script."""
+    return " " if character.isspace() else plain(character)
+
+
 class Folded:
     """A text that grows.
 
     Attributes:
         text: the folded text so far.
+        length: of the original so far.
     """
 
-    def __init__(self, text: str = "") -> None:
-        self.text, self._places, self._length = "", list[int](), 0
+    def __init__(self, text: str = "", *, plainly: bool = False) -> None:
+        """Args: plainly: leave look-alikes in their own script."""
+        self.text, self._places, self.length = "", list[int](), 0
+        self._fold = fold_plainly if plainly else fold
         self.push(text)
 
     def push(self, text: str) -> None:
         """Add to the end."""
         pieces = []
         blank = self.text.endswith(" ")
-        for at, character in enumerate(text, self._length):
-            piece = fold(character)
+        for at, character in enumerate(text, self.length):
+            piece = self._fold(character)
             if piece == " " and blank:
                 continue
             if piece:
@@ -42,7 +51,7 @@ class Folded:
                 pieces.append(piece)
                 self._places += [at] * len(piece)
         self.text += "".join(pieces)
-        self._length += len(text)
+        self.length += len(text)
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """Where a part of the folded text, which is not empty, stands in the original."""
@@ -50,7 +59,7 @@ class Folded:
 
     def place(self, at: int) -> int:
         """Where a position of the folded text is in the original."""
-        return self._places[at] if at < len(self._places) else self._length
+        return self._places[at] if at < len(self._places) else self.length
 
     def at(self, place: int) -> int:
         """The first position of the folded text that stands for `place` of the original, or for what follows it."""

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from conf.schema import Consequence, ServeGuard
 from stages.serve.guard.classifier import Classifier
-from stages.serve.guard.normalise import LEET, normalise, views
+from stages.serve.guard.normalise import LEET, normalise, plain, views
 from stages.serve.guard.quoted import NAMES, Quotation, own_words, quotations
 from stages.serve.guard.rules import Rule, Rules, declared, overwrite
 from stages.serve.guard.verdict import DocumentVerdict, Finding, Verdict, worst
@@ -168,9 +168,10 @@ class Guard:
         if clock.over("rules"):
             return {self._late("rules")}
         known: dict[str, list[tuple[int, int]]] = {}
-        for view in views(text):
+        for view in dict.fromkeys([*views(text), plain(text)]) if self.rules.plainly else views(text):
             # leetspeak is rewritten letter by letter: what is excused as it was written is excused at the same place as it may be meant
-            excused = known[letters] = [*known.get(letters := view.translate(LEET), ()), *self.rules.excused(view)]
+            letters = view.translate(LEET)
+            excused = known[letters] = [*known.get(letters, ()), *self.rules.excused(view)]
             for rule in self.rules.rules:
                 if next(self.rules.found(rule, view, excused), None) is not None:
                     findings.add(Finding(tier="rules", name=rule.name, action=rule.action))
@@ -204,6 +205,8 @@ class Guard:
         masked = self.rules.mask(text, rules)
         if masked is None:
             return None
-        normal = normalise(masked)
-        excused = self.rules.excused(normal)
-        return None if any(next(self.rules.found(rule, normal, excused), None) for rule in rules) else masked
+        for normal in {normalise(masked), plain(masked)} if self.rules.plainly else {normalise(masked)}:
+            excused = self.rules.excused(normal)
+            if any(next(self.rules.found(rule, normal, excused), None) for rule in rules):
+                return None
+        return masked

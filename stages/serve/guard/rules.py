@@ -7,6 +7,7 @@ attack excuses nothing.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 
 from conf.errors import ConfigError
@@ -18,6 +19,8 @@ from stages.serve.guard.normalise import normalise, plain
 LETTER = r"\pL\pN"
 WITHOUT_BLANKS = re.compile("[\u0e00-\u0eff\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff]")
 """A letter of a script that writes words without blanks between them: Thai, Lao, Khmer, Chinese, Japanese."""
+TOKEN = re.compile(r"\\[pPx]\{[^}]*\}|\\.|\[\^?\]?(?:\[:[^\]]*:\]|\\.|[^\]\\])*\]|.", re.DOTALL)
+"""An escape, a class or a character of a pattern."""
 ROUNDS = 4
 """Most times that a text is masked: what is left may match anew."""
 
@@ -32,13 +35,15 @@ class Rule:
             ConfigError: it is no pattern.
         """
         self.name, self.action, self.source = name, action, source
-        alone, self._body = whole(source) if word else (False, source)
+        alone, self._body = whole(source) if word else (False, spelt(source))
+        self.plainly = not word and not (source.isascii() and "\\p" not in source.lower())
+        """Whether it may speak of a script, and is looked for in the text with look-alikes left in theirs too."""
         edge = f"[^{LETTER}]"  # RE2 has no look-around: the neighbours are matched too, and the group is what counts
         try:
             self._pattern = compile_pattern(f"(?:^|{edge})({self._body})(?:$|{edge})" if alone else self._body)
         except ValueError as error:
             raise ConfigError(f"serve.guard: {name}: {error}", "mend the pattern") from error
-        self.lookaround = f"(?<![{LETTER}])(?:{self._body})(?![{LETTER}])" if alone else f"(?:{self._body})"
+        self.lookaround = scoped(f"(?<![{LETTER}])(?:{self._body})(?![{LETTER}])" if alone else f"(?:{self._body})")
         """The same pattern for the package `regex`."""
         self._group = 1 if alone else 0
 
@@ -82,6 +87,29 @@ def whole(word: str) -> tuple[bool, str]:
     return not any(map(WITHOUT_BLANKS.search, found)), "|".join(r"\s".join(map(re2.escape, form.split(" "))) for form in sorted(found))
 
 
+def spelt(pattern: str) -> str:
+    """The pattern with each letter beyond ASCII as it stands in a normalised text: in lower case, without accents, or as the Latin letter it looks like."""
+
+    def one(found: re.Match[str]) -> str:
+        token = found[0]
+        if token.isascii() or not token.isalpha():
+            return token if token.isascii() or "\\" in token else token.lower()
+        forms = dict.fromkeys(form for form in (plain(token), normalise(token)) if form)
+        return f"(?:{'|'.join(forms)})" if forms else token
+
+    return TOKEN.sub(one, unicodedata.normalize("NFC", pattern))
+
+
+def scoped(pattern: str) -> str:
+    """The pattern for `regex` under its flag ASCII, by which `\\w` is RE2's: what speaks of other scripts is read without that flag."""
+
+    def one(found: re.Match[str]) -> str:
+        token = found[0]
+        return f"(?u:{token})" if "\\p" in token.lower() or (token[0] == "[" and not token.isascii()) else token
+
+    return TOKEN.sub(one, pattern)
+
+
 class Rules:
     """What is declared for one direction."""
 
@@ -89,6 +117,8 @@ class Rules:
         """Args: rules: as of `declared`."""
         self._allowing = [rule for rule in rules if rule.action == "allow"]
         self.rules = [rule for rule in rules if rule.action != "allow"]
+        self.plainly = any(rule.plainly for rule in rules)
+        """Whether a text is read with look-alikes in their own script, too."""
 
     def excused(self, text: str) -> list[tuple[int, int]]:
         """What the exceptions match in a normalised text."""
@@ -109,9 +139,11 @@ class Rules:
     def mask(self, text: str, rules: Collection[Rule]) -> str | None:
         """The text as it came, with the matches of these rules written over; null where one still matches after `ROUNDS`."""
         for _ in range(ROUNDS):
-            folded = Folded(text)
-            excused = self.excused(folded.text)
-            spans = sorted((*folded.span(*span), rule.mask) for rule in rules for span in self.found(rule, folded.text, excused))
+            spans = []
+            for folded in (Folded(text), Folded(text, plainly=True)) if self.plainly else (Folded(text),):
+                excused = self.excused(folded.text)
+                spans += [(*folded.span(*span), rule.mask) for rule in rules for span in self.found(rule, folded.text, excused)]
+            spans.sort()
             if not spans:
                 return text
             text = overwrite(text, spans)
