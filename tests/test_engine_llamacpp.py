@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,23 @@ from hypothesis import strategies as st
 from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.convert_gguf import to_gguf
+from stages.serve.assistant import Assistant
 from stages.serve.engine import Sampling, open_engine
 from stages.serve.engine_transformers import TransformersEngine
+from stages.serve.guard.guard import Guard
+from stages.serve.refusals import Refused
 from stages.serve.scheduler import Scheduler
 from stages.serve.scoring import log_softmax
 from stages.serve.steering import Steering
+from stages.serve.wire import ChatRequest
 from tests.models import tiny_llama
-from tests.served import endless
+from tests.served import endless, settings
 from tests.test_engine import PROMPT, prompts, requests
 from tests.test_scheduler import job, wait
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e '.[llamacpp]'")
 from stages.serve.engine_llamacpp import LlamaCppEngine
-from stages.serve.live_batch import CHUNK, LiveBatch
+from stages.serve.live_batch import CHUNK, LiveBatch, common
 
 
 def opened(folder: Path, quantization: str = "float32", **more: int) -> LlamaCppEngine:
@@ -201,6 +206,33 @@ def test_an_answer_is_the_same_whenever_it_joins(engine: LlamaCppEngine, plan: l
 # ------------------------------------------------------------ under the scheduler
 
 
+def test_a_request_that_does_not_fit_beside_the_kept_prefix_is_refused_by_name(gguf: Path) -> None:
+    """It brings a system prompt of its own, and so shares little with the prefix."""
+    asked = ChatRequest.model_validate({"model": "x", "messages": [{"role": "system", "content": "Sing."}, {"role": "user", "content": "where is it"}]})
+
+    def served(context: int) -> Assistant:
+        wanted = settings("llamacpp", system="Be brief and friendly, and never promise what nobody keeps. " * 4, max_tokens=20)
+        wanted = replace(wanted, engine=replace(wanted.engine, context=context))
+        return Assistant(name="x", digest="d", engine=open_engine(gguf, wanted.engine), guard=Guard(None, wanted.guard), settings=wanted)
+
+    def encode(assistant: Assistant) -> int | None:
+        assistant.engine.keep(assistant.kept())
+        batch = assistant.engine.live()
+        assert batch is not None
+        return batch.join(prompt, 20)
+
+    (prompt,) = served(4096).prompts(asked, ["Sing.", "where is it"])
+    kept = served(4096).kept()
+    needs = len(prompt) + 20 + len(kept) - common(kept, prompt)
+    assert needs > len(prompt) + 20
+    fits, short = served(needs), served(needs - 1)
+    assert fits.prompts(asked, ["Sing.", "where is it"]) == [prompt] and encode(fits) is not None
+    with pytest.raises(ModelError, match="do not fit"):
+        encode(short)
+    with pytest.raises(Refused, match=f"messages has {len(prompt)} tokens, and its answer up to 20; the limit of both is {len(prompt) + 19}"):
+        short.prompts(asked, ["Sing.", "where is it"])
+
+
 @pytest.fixture
 def going(gguf: Path) -> Iterator[LlamaCppEngine]:
     """One whose answers go on and on."""
@@ -289,6 +321,7 @@ def test_a_process_ends_in_peace(gguf: Path) -> None:
     """With an answer at work when Python ends."""
     script = """import sys, pathlib, threading, time
 from conf.schema import EngineSettings
+from stages.serve.assistant import Assistant
 from stages.serve.engine import Sampling, open_engine
 from stages.serve.jobs import Job
 from stages.serve.scheduler import Scheduler

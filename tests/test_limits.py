@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -24,8 +25,11 @@ import psutil
 import pytest
 
 from conf.errors import ConfigError
-from conf.schema import ServeLimits
+from conf.schema import EngineSettings, ServeLimits
+from stages.serve.assistant import Assistant
 from stages.serve.keys import VARIABLE, Key, make, read
+from stages.serve.refusals import Refused
+from stages.serve.wire import ChatRequest
 from tests.served import NAME, Served, assistant, endless, model, process, serve, settings
 
 SLO = 10.0
@@ -213,3 +217,23 @@ def test_what_is_too_long_is_refused_before_the_guard_reads_it(engine: Path, tmp
     with sqlite3.connect(tmp_path / "events.sqlite") as database:
         verdicts = database.execute("select verdict from events order by at").fetchall()
     assert '"action": "allow"' in verdicts[0][0] and verdicts[1][0] in (None, "null", "{}")
+
+
+def test_what_does_not_fit_beside_the_kept_prefix_is_refused_by_name(engine: Path) -> None:
+    """Into an engine whose memory is set aside; tests/test_engine_llamacpp.py asks the engine itself."""
+    turns = [{"role": "system", "content": "Sing."}, {"role": "user", "content": "where is it"}]
+    asked = ChatRequest.model_validate({"model": NAME, "messages": turns, "max_tokens": 20})
+
+    def within(context: int) -> Assistant:
+        wanted = settings("llamacpp", system="Be brief and friendly, and never promise what nobody keeps. " * 4)
+        here = assistant(engine, settings())
+        return replace(here, settings=replace(wanted, engine=EngineSettings(kind="llamacpp", quantization="float32", context=context)))
+
+    (prompt,) = within(4096).prompts(asked, ["Sing.", "where is it"])
+    kept = within(4096).kept()
+    shared = next(i for i, (a, b) in enumerate(zip(kept, prompt, strict=False)) if a != b)
+    needs = len(prompt) + 20 + len(kept) - shared
+    assert needs > len(prompt) + 20 and within(needs).prompts(asked, ["Sing.", "where is it"]) == [prompt]
+    with pytest.raises(Refused, match=f"messages has {len(prompt)} tokens, and its answer up to 20; the limit of both is {len(prompt) + 19}") as refused:
+        within(needs - 1).prompts(asked, ["Sing.", "where is it"])
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")

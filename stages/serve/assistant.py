@@ -76,8 +76,12 @@ class Assistant:
 
     def kept(self) -> list[int]:
         """The tokens with which every conversation begins that brings no system prompt of its own."""
+        return self._kept
+
+    @functools.cached_property
+    def _kept(self) -> list[int]:
         one, other = (self.engine.chat.prompt(self._with_system([{"role": "user", "content": text}])) for text in ("a", "b"))
-        return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)]
+        return one[: _common(one, other)]
 
     def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         system = [] if self.settings.system is None or messages[0]["role"] == "system" else [{"role": "system", "content": self.settings.system}]
@@ -118,7 +122,17 @@ class Assistant:
             if len(prompt) > self.settings.max_prompt_tokens:
                 what = f"{where} has {len(prompt)} tokens; the limit is {self.settings.max_prompt_tokens}"
                 raise Refused(400, what, where, "context_length_exceeded")
+            self._check_room(prompt, self.sampling(request).max_tokens, where)
         return found
+
+    def _check_room(self, prompt: list[int], most: int, where: str) -> None:
+        """Refuse what never fits beside the kept prefix, as far as it does not begin with it, into an engine whose memory is set aside."""
+        if self.settings.engine.kind != "llamacpp":
+            return
+        beside, context = len(self._kept) - _common(self._kept, prompt), self.settings.engine.context
+        if len(prompt) + most + beside > context:
+            what = f"{where} has {len(prompt)} tokens, and its answer up to {most}; the limit of both is {context - beside}"
+            raise Refused(400, what, where, "context_length_exceeded")
 
     def _check_length(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse by the number of characters what is too long in any case, before it costs anything."""
@@ -187,6 +201,11 @@ def texts(request: ChatRequest | CompletionRequest) -> Sequence[str]:
     if isinstance(request, ChatRequest):
         return [turn.text() for turn in request.messages]
     return [request.prompt] if isinstance(request.prompt, str) else request.prompt
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _told(request: ChatRequest | CompletionRequest) -> int | None:
