@@ -122,7 +122,7 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     (context / "guard").mkdir()
     for name in GUARD_FILES:
         shutil.copyfile(GUARD / name, context / "guard" / name)
-    unused = {f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind}
+    unused = {"stages.serve.upstream.engine" if kind == "upstream" else f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind}
     unused |= set() if serve.guard.transformer else {"stages.serve.guard.transformer"}
     for path in closure(SERVICE, leave_out={"conf.yaml", *unused}):
         (context / path).parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ from stages.serve.assistant import Assistant
 from stages.serve.engine import Sampling, open_engine
 from stages.serve.guard.guard import Guard as Watch
 from stages.serve.keys import Key, make
-from stages.serve.upstream_line import classify
-from stages.serve.upstream_masks import Masks, Unmasked
+from stages.serve.upstream.line import classify
+from stages.serve.upstream.masks import Masks, Unmasked
 from tests.recorder import Odd, Recorder
 from tests.served import DIGEST, NAME, RULES, Served, model, process, serve
 from tests.test_pii import texts

@@ -129,7 +129,7 @@ def test_the_bento_asks_the_upstream(desk: tuple[Path, Recorder], tmp_path: Path
     src = folder / "models/package/src"
     card = (src / "MODEL_CARD.md").read_text()
     assert "None of this repository's: kestrel-desk" in card and "No weights" in card
-    assert (src / "stages/serve/engine_upstream.py").is_file() and not (src / "stages/serve/engine_ctranslate2.py").exists()
+    assert (src / "stages/serve/upstream/engine.py").is_file() and not (src / "stages/serve/engine_ctranslate2.py").exists()
     bento = shutil.copytree(folder / "models/package", tmp_path / "bento")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -34,7 +34,7 @@ def main() -> None:
     arguments = command(PACKAGE, settings)
     check_intact([str(PACKAGE)])
     if settings.upstream is not None:
-        from stages.serve.engine_upstream import read_key
+        from stages.serve.upstream.engine import read_key
 
         read_key(settings.upstream, os.environ)
     who = "with a key" if read(os.environ) else f"open to everybody: {VARIABLE} names the keys"

@@ -30,7 +30,7 @@ from stages.serve.steering import TokenLogprob
 from stages.serve.wire import ChatRequest, CompletionRequest, FinishReason, Usage
 
 if TYPE_CHECKING:
-    from stages.serve.upstream_line import Line
+    from stages.serve.upstream.line import Line
 
 LOOK = 0.25
 """Seconds between two looks whether a client that waits for a whole answer is still there."""

@@ -28,8 +28,8 @@ from stages.serve.keys import Keyring
 from stages.serve.refusals import ErrorReply, Refused, invalid
 from stages.serve.scheduler import Scheduler
 from stages.serve.store import Store
-from stages.serve.upstream_answers import UpstreamAnswers
-from stages.serve.upstream_line import HEADER, Line, classify
+from stages.serve.upstream.answers import UpstreamAnswers
+from stages.serve.upstream.line import HEADER, Line, classify
 from stages.serve.wire import (
     UNSUPPORTED,
     ChatReply,
@@ -44,7 +44,7 @@ from stages.serve.wire import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from stages.serve.engine_upstream import UpstreamEngine
+    from stages.serve.upstream.engine import UpstreamEngine
 
 ALWAYS = {
     401: "no right API key",

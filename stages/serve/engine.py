@@ -150,7 +150,7 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
 
             return VllmEngine(folder, settings)
         case "upstream":
-            from stages.serve.engine_upstream import UpstreamEngine
+            from stages.serve.upstream.engine import UpstreamEngine
 
             return UpstreamEngine(folder, settings)
     raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, llamacpp, transformers, vllm or upstream")

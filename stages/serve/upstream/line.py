@@ -13,7 +13,7 @@ from stages.serve.jobs import Job
 from stages.serve.keys import Key
 
 if TYPE_CHECKING:
-    from stages.serve.engine_upstream import Client, UpstreamEngine
+    from stages.serve.upstream.engine import Client, UpstreamEngine
 
 HEADER = "x-data-classification"
 STRICTEST_LAST: tuple[Classification, ...] = get_args(Classification)

@@ -1,7 +1,7 @@
 """The engine that is somebody else's: any server with OpenAI's wire format, asked by OpenAI's own client.
 
 The client repeats what failed, with backoff and as Retry-After says, reads server-sent events and knows every error by its class; with httpx all
-of that would be code of this repository. What leaves has its personal data masked, and what comes has it put back (`stages.serve.upstream_masks`).
+of that would be code of this repository. What leaves has its personal data masked, and what comes has it put back (`stages.serve.upstream.masks`).
 
 The engine's folder holds `upstream.json`, which export wrote: the settings of `serve.upstream`.
 """
@@ -24,8 +24,8 @@ from stages.serve.chat import Chat
 from stages.serve.engine import UPSTREAM, Completion, Sampling, Score
 from stages.serve.refusals import Refused
 from stages.serve.text import cut
-from stages.serve.upstream_letters import Letters
-from stages.serve.upstream_masks import Masks, Unmasked
+from stages.serve.upstream.letters import Letters
+from stages.serve.upstream.masks import Masks, Unmasked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,11 +201,11 @@ class UpstreamEngine:
         return Completion(tokens=self.chat.encode(text), text=text, finish_reason="length" if reason == "length" else "stop")
 
     def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
-        """Not here: the service asks through `stages.serve.upstream_answers`."""
+        """Not here: the service asks through `stages.serve.upstream.answers`."""
         raise ConfigError(NO_TOKENS.format("tokens"), REMEDY)
 
     def live(self) -> None:
-        """Nobody: `stages.serve.upstream_line` is in the scheduler's place."""
+        """Nobody: `stages.serve.upstream.line` is in the scheduler's place."""
 
     def draft(self, prompt: Sequence[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """Not here: there are no logits."""

@@ -21,14 +21,14 @@ from stages.pii import find
 from stages.serve.answers import LOOK, Answers, Gone
 from stages.serve.jobs import Job, Reason
 from stages.serve.refusals import Refused
-from stages.serve.upstream_letters import Letters
-from stages.serve.upstream_line import HEADER, Line
-from stages.serve.upstream_masks import Masks, Unmasked
-from stages.serve.upstream_replies import PassedOn, Said, TextPassedOn, logprobs
+from stages.serve.upstream.letters import Letters
+from stages.serve.upstream.line import HEADER, Line
+from stages.serve.upstream.masks import Masks, Unmasked
+from stages.serve.upstream.replies import PassedOn, Said, TextPassedOn, logprobs
 from stages.serve.wire import ChatRequest, Usage
 
 if TYPE_CHECKING:
-    from stages.serve.engine_upstream import Part
+    from stages.serve.upstream.engine import Part
 
 ASIDE = {"model", "user", "metadata", "messages", "prompt", "stream_options", "max_tokens", "max_completion_tokens", "temperature"}
 """Parameters that do not leave, or in another form."""
