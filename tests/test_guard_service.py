@@ -265,6 +265,22 @@ def test_each_of_several_answers_is_judged_on_its_own(service: Served, client: o
     ).count("stop")
 
 
+def test_of_several_answers_those_that_are_refused_are_not_made_to_their_end(service: Served, client: openai.OpenAI) -> None:
+    texts = ["Better than Nordwand " + "Ω" * 150, "All is well, thanks " + "Ω" * 150]
+    assert len(service.assistant.engine.chat.encode(texts[0])) > 300, "a letter of two bytes is two tokens"
+    for seed in range(20):
+        request = {"messages": user("Say it"), "n": 4, "temperature": 2.0, "seed": seed, "response_format": saying(*texts)}
+        answer = client.chat.completions.create(model=NAME, **request)  # type: ignore[call-overload]
+        ends = [choice.finish_reason for choice in answer.choices]
+        if set(ends) == {"stop", "content_filter"}:
+            break
+    bound = ends.count("content_filter") * 60 + ends.count("stop") * len(texts[1].encode() + b'""')  # a token is a byte at least
+    assert set(ends) == {"stop", "content_filter"} and bound > answer.usage.completion_tokens > 0
+    assert [c.message.content for c in answer.choices if c.finish_reason == "stop"] == [f'"{texts[1]}"'] * ends.count("stop"), "the others go on"
+    *_, last = client.chat.completions.create(model=NAME, stream=True, stream_options={"include_usage": True}, **request)  # type: ignore[call-overload]
+    assert bound > last.usage.completion_tokens > 0
+
+
 def test_without_a_finder_a_stream_goes_token_by_token(engine: Path, tmp_path: Path) -> None:
     bare = ServeGuard(answer=GuardAnswer(secrets=None, prompt=None, canary=None))
     with serve(engine, tmp_path, settings(guard=bare)) as served:
