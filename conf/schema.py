@@ -645,7 +645,8 @@ class EngineSettings:
     batch: Count = 32
     """Sequences at a time; with `upstream`, requests at a time in evaluate and redteam."""
     context: Count = 8192
-    """llamacpp: tokens of all sequences at a time, prompts and answers. Memory is set aside for them: 23 KB a token for SmolLM2-135M."""
+    """Tokens of all sequences at a time, prompts and answers, in the service. llamacpp: memory is set aside for them, 23 KB a token for SmolLM2-135M.
+    ctranslate2: of a batch, of which there are so many as `threads`; 138 KB a token. A longer request is worked on alone."""
 
 
 Action = Literal["allow", "flag", "mask", "refuse"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -15,7 +19,11 @@ from hypothesis import strategies as st
 
 from conf.schema import ServeLimits
 from stages.serve.admission import AIM, Admission, Full
-from tests.served import NAME, assistant, endless, model, serve, settings
+from stages.serve.engine import Sampling
+from stages.serve.jobs import Job, Queue
+from stages.serve.keys import Key, make
+from stages.serve.text import TextStream
+from tests.served import NAME, Served, assistant, endless, model, serve, settings
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "where is my order"}], "max_tokens": 4}
 
@@ -48,7 +56,7 @@ def test_whoever_would_wait_too_long_is_turned_away_until_it_is_quiet() -> None:
     house = House()
     admission = house.admission(first_token=10.0)
     for _ in range(200):
-        admission.learn(4, 8.0)  # two seconds each
+        admission.learn(4, 8.0, 1.0)  # two seconds each
     house.waiting, house.working = 1, 1
     assert not admission.full() and admission.wait() == pytest.approx(6.0)
     house.working = 2
@@ -57,8 +65,134 @@ def test_whoever_would_wait_too_long_is_turned_away_until_it_is_quiet() -> None:
     assert not admission.full(), "nothing waits: it is let in, and measured"
     house.waiting, house.working = 1, 2
     for _ in range(200):
-        admission.learn(1, 0.1)
+        admission.learn(1, 0.1, 0.1)
     assert not admission.full()
+
+
+def test_whoever_comes_in_is_told_how_many_are_before_it() -> None:
+    house = House()
+    admission = house.admission()
+    house.waiting, house.working = 1, 2
+    with admission.entering(2) as before, admission.entering(1) as then:
+        assert (before, then) == (3, 5)
+
+
+def test_whoever_waits_is_late_once_its_first_token_could_not_come_in_time() -> None:
+    house = House()
+    admission = house.admission(first_token=10.0)
+    assert not admission.late(10.0) and admission.late(10.1)
+    for _ in range(500):
+        admission.learn(4, 8.0, 2.0)  # two seconds from the beginning of the work to the first token
+    assert not admission.late(7.9) and admission.late(8.1)
+    for _ in range(500):
+        admission.learn(4, 8.0, 0.5)
+    admission.learn(4, 8.0, 3.0)
+    for _ in range(20):
+        admission.learn(4, 8.0, 0.5)
+    assert admission.late(8.0), "the slowest one is remembered for a while"
+    for _ in range(500):
+        admission.learn(4, 40.0, 30.0)
+    assert not admission.late(AIM * 10) and admission.late(AIM * 10 + 0.1), "who hardly waited is answered, however slow the work is"
+    assert not Admission(8, float("inf"), lambda: 0, lambda: 0).late(1e9), "nothing was promised"
+
+
+def waiting(queue: Queue, *seconds: float, begun: bool = False, alone: bool = False) -> list[Job]:
+    """One request's answers, which have waited for so long."""
+    now = time.monotonic()
+    jobs = [
+        Job(
+            prompt=[1],
+            sampling=Sampling(max_tokens=4),
+            text=TextStream(None),
+            on_text=lambda _: None,
+            on_end=lambda: None,
+            deadline=now + 600,
+            arrived=now - ago,
+        )  # type: ignore[arg-type]
+        for ago in seconds
+    ]
+    for job in jobs:
+        job.place = 1 if alone else 2
+    if begun:
+        jobs[0].begin()
+    queue.submit(jobs)
+    return jobs
+
+
+def test_a_queue_turns_away_what_is_late_and_nothing_that_was_begun() -> None:
+    queue = Queue(8, first_token=1000.0)
+    late, fresh = waiting(queue, 1001.0, 1001.0), waiting(queue, 1.0)
+    begun, alone = waiting(queue, 1001.0, 1001.0, begun=True), waiting(queue, 1001.0, alone=True)
+    queue.sift()
+    assert list(queue.waiting) == [*fresh, *begun, *alone], "who found nobody before it is measured, however long it takes"
+    assert [job.reason for job in late] == ["late", "late"] and [job.started for job in late] == [None, None]
+    assert late[0].failure is not None and late[0].failure.status == 429 and int(late[0].failure.headers()["Retry-After"]) >= 100
+    assert queue.admission.wait() > 500, "it was learned how long it takes"
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[tuple[Served, str]]:
+    """A service whose engine does nothing before it is told to, and a key of two requests a minute."""
+    wanted = settings(limits=ServeLimits(waiting=64, first_token_seconds=0.5))
+    secret, entry = make("few", ["answer"], None)
+    engine = model(tmp_path)
+    with serve(engine, tmp_path, wanted, [Key(**(entry | {"requests_per_minute": 2, "tokens_per_minute": 10_000}))]) as served:  # type: ignore[arg-type]
+        yield served, secret
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_waited_in_vain_is_a_429_that_costs_its_key_nothing(slow: tuple[Served, str], tmp_path: Path, stream: bool) -> None:
+    served, secret = slow
+    engine, gate, busy = served.assistant.engine, threading.Event(), threading.Semaphore(0)
+    decode = engine.decode
+
+    def held(*given: object) -> None:
+        busy.release()
+        assert gate.wait(60)
+        decode(*given)  # type: ignore[arg-type]
+
+    engine.decode = held  # type: ignore[method-assign]
+    url, headers = f"{served.url}/v1/chat/completions", {"authorization": f"Bearer {secret}"}
+
+    def ask(n: int) -> httpx.Response:
+        return httpx.post(url, json=ASK | {"n": n, "stream": stream}, headers=headers, timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            begun = pool.submit(ask, 2)  # takes both slots
+            for _ in range(2):
+                assert busy.acquire(timeout=60)
+            vain = pool.submit(ask, 1)
+            while not served.app.state.scheduler.waiting:
+                time.sleep(0.01)
+            time.sleep(1)
+        finally:
+            gate.set()
+        assert begun.result().status_code == 200
+        reply = vain.result()
+    assert reply.status_code == 429 and reply.json()["error"]["code"] == "overloaded" and int(reply.headers["retry-after"]) >= 1
+    assert ask(1).status_code == 200, "what was turned away does not count"
+    assert httpx.post(url, json=ASK, headers=headers).json()["error"]["code"] == "rate_limit_exceeded", "what was answered does"
+    served.app.state.store.close()
+    with closing(sqlite3.connect(tmp_path / "events.sqlite")) as database:
+        rows = database.execute("select status, finish_reason, completion_tokens from events order by at").fetchall()
+    assert json.dumps(rows[1]) == '[429, "late", 0]', rows
+
+
+def test_a_full_queue_costs_a_key_nothing_at_the_door_and_behind_it(slow: tuple[Served, str]) -> None:
+    served, secret = slow
+    admission, headers = served.app.state.scheduler.admission, {"authorization": f"Bearer {secret}"}
+
+    def ask(n: int) -> httpx.Response:
+        return httpx.post(f"{served.url}/v1/chat/completions", json=ASK | {"n": n}, headers=headers, timeout=60)
+
+    admission._entering = 64
+    found = [ask(1) for _ in range(4)]
+    admission._entering = 63  # one may come in; behind the door two are too many
+    found += [ask(2) for _ in range(4)]
+    admission._entering = 0
+    assert {(reply.status_code, reply.json()["error"]["code"]) for reply in found} == {(429, "overloaded")}
+    assert [ask(1).status_code for _ in range(3)] == [200, 200, 429]
 
 
 @given(st.lists(st.tuples(st.integers(1, 99), st.floats(0, 1e3)), min_size=1), st.integers(0, 9), st.integers(0, 99), st.integers(1, 8))
@@ -67,7 +201,7 @@ def test_what_is_believed_lies_among_what_was_measured(found: list[tuple[int, fl
     house.waiting, house.working = waiting, working
     admission = house.admission()
     for place, seconds in found:
-        admission.learn(place, seconds)
+        admission.learn(place, seconds, 0.0)
     costs = [0.0, *(seconds / place for place, seconds in found)]
     assert min(costs) <= admission.wait() / (waiting + working + 1) <= max(costs) * (1 + 1e-9)
     assert admission.full(count) <= admission.full(count + 1), "more never fit where fewer do not"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
 from conf.schema import EngineSettings
-from stages.serve.admission import Full
+from stages.serve.admission import AIM, Full
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.jobs import Job
 from stages.serve.scheduler import Scheduler
@@ -30,13 +30,17 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 class Spied(Scheduler):
     """Keeps the batches that its slots ran."""
 
-    def __init__(self, engine: Engine, **more: int) -> None:
+    def __init__(self, engine: Engine, pace: float = 0.0, **more: float) -> None:
         self.batches: list[list[Job]] = []
         self.gate = threading.Event()
         self.gate.set()
         spy = self
 
         class Watched(Slots):
+            def _fitting(self, jobs: Sequence[Job]) -> int:
+                self._pace = pace or self._pace
+                return super()._fitting(jobs)
+
             def work(self, jobs: list[Job]) -> None:
                 spy.gate.wait()
                 spy.batches.append(list(jobs))
@@ -90,6 +94,32 @@ def test_two_slots_share_what_waits(engine: Engine) -> None:
     wait(*jobs)
     made.close()
     assert sorted(len(batch) for batch in made.batches) == [2, 2]
+
+
+def test_a_batch_holds_so_many_tokens_and_one_answer_at_least(engine: Engine) -> None:
+    size = len(job(engine, count=40).prompt) + 40
+    made = Spied(engine, room=2 * size)
+    made.gate.clear()
+    jobs = [job(engine, count=40) for _ in range(5)]
+    made.submit([*jobs, long := job(engine, count=400)])
+    made.gate.set()
+    wait(*jobs, long)
+    made.close()
+    assert {len(batch) for batch in made.batches if long not in batch} == {1, 2} and all(batch == [long] for batch in made.batches if long in batch)
+    assert [len(one.tokens) for one in (*jobs, long)] == [40] * 5 + [400]
+
+
+def test_a_batch_is_as_large_as_is_encoded_in_a_third_of_the_time_for_a_first_token(engine: Engine) -> None:
+    size = len(job(engine).prompt)
+    for fit in (1, 2, 3):
+        made = Spied(engine, pace=AIM * 60 / 3 / (size * (fit + 0.5)), first_token=60)
+        made.gate.clear()
+        jobs = [job(engine, count=1) for _ in range(6)]
+        made.submit(jobs)
+        made.gate.set()
+        wait(*jobs)
+        made.close()
+        assert [len(batch) for batch in made.batches] == [fit] * (6 // fit)
 
 
 def test_a_latecomer_does_not_wait_for_a_long_batch_to_end(engine: Engine, scheduler: Spied) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ class Answers:
         form = ChatForm if isinstance(self.request, ChatRequest) else TextForm
         self.form = form(model=self.assistant.name, digest=self.assistant.digest, chat=self.assistant.engine.chat)
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Queue[News]()
+        self._news, self._begun = asyncio.Queue[News](), asyncio.Event()
 
     @property
     def guarded(self) -> bool:
@@ -92,18 +93,20 @@ class Answers:
         if self.count > (most := self.assistant.settings.limits.waiting):
             raise Refused(400, f"{self.count} answers; this service holds {most} at a time", "n", "invalid_value")
         try:
-            with self.scheduler.admission.entering(self.count):
-                await self._enter()
+            with self.scheduler.admission.entering(self.count) as before:
+                await self._enter(before, time.monotonic())
         except Full:
             raise self.scheduler.admission.refusal() from None
 
-    async def _enter(self) -> None:
+    async def _enter(self, before: int, arrived: float) -> None:
         threads = self.scheduler.admission.threads
         prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request, texts(self.request), limiter=threads)  # refuses what is too long to read
         self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request, limiter=threads)
         if self.guarded:
             return
         jobs = await anyio.to_thread.run_sync(self._make, prompts, self.screened, limiter=threads)
+        for place, job in enumerate(jobs, before + 1):
+            job.place, job.arrived = place, arrived
         self.scheduler.submit(jobs)
         self.jobs = jobs
 
@@ -137,8 +140,13 @@ class Answers:
                 log.exception("the guard could not read an answer")
                 job.reason = "failed"
             tell(rest, over=True)
+            on_begin()
+
+        def on_begin() -> None:
+            self._loop.call_soon_threadsafe(self._begun.set)
 
         job = self._new(prompt, sample, on_text, on_end)
+        job.on_begin = on_begin
         return job
 
     def _new(self, prompt: list[int], sample: int, on_text: Callable[[str], None], on_end: Callable[[], None]) -> Job:
@@ -199,6 +207,31 @@ class Answers:
         return self.shown[index].logprobs if steering is not None and steering.top is not None else None
 
     # ------------------------------------------------------------ in pieces
+
+    async def begun(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until work on an answer begins: before that, nothing of a stream is sent, and whoever waits may still be turned away.
+
+        Args:
+            gone: whether the client went away.
+
+        Raises:
+            Refused: the answers would come too late.
+            Gone: the client went away.
+        """
+        if self.jobs:
+            await self._until(self._begun, gone)
+
+    async def _until(self, told: asyncio.Event, gone: Callable[[], Awaitable[bool]]) -> None:
+        """As `begun`, until that is told."""
+        while not told.is_set():
+            try:
+                await asyncio.wait_for(told.wait(), LOOK)
+            except TimeoutError:
+                if await gone():
+                    self.cancel()
+                    raise Gone from None
+        if (failed := next((job.failure for job in self.jobs if job.failure), None)) is not None:
+            raise failed
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events, the last one `[DONE]`; an answer that fails half-way is an event with `error`."""

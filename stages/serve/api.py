@@ -89,6 +89,7 @@ def _scheduler(assistant: Assistant) -> Scheduler | Line:
         slots=settings.engine.threads,
         batch=settings.engine.batch,
         most_waiting=settings.limits.waiting,
+        room=settings.engine.context,
         first_token=settings.limits.first_token_seconds,
         kept=assistant.kept(),
     )
@@ -160,6 +161,8 @@ def _answers(app: FastAPI) -> None:
         request.state.note.answers = answers
         try:
             await answers.start()
+            if asked.stream:
+                await answers.begun(request.is_disconnected)
         except Gone:
             return Response(status_code=499)
         if asked.stream:

@@ -58,7 +58,10 @@ class Door:
         note.status = note.status or 500  # an error that nobody expected: it goes on its way to the log
         row = event(note, state.assistant)
         measure(row, state.scheduler.waiting)
-        keyring.charge(note.key, int(str(row["prompt_tokens"])) + int(str(row["completion_tokens"])))
+        if note.status == 429:  # the queue had no room for it: the key may come again
+            keyring.give_back(note.key)
+        else:
+            keyring.charge(note.key, int(str(row["prompt_tokens"])) + int(str(row["completion_tokens"])))
         if scope["method"] == "POST":
             trace_answer(note, state.assistant, row, headers)
             state.store.put(row)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Reason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "failed"]
+Reason = Literal["stop", "length", "content_filter", "cancelled", "timeout", "late", "failed"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,6 +40,8 @@ class Job:
     """Called once, when `reason` is set."""
     deadline: float
     """Monotonic time at which it is given up."""
+    on_begin: Callable[[], None] = lambda: None
+    """Called once, when work on it begins."""
     steering: Steering | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     cancelled: bool = False
@@ -48,10 +50,12 @@ class Job:
     reason: Reason | None = None
     error: str = ""
     failure: Refused | None = None
-    """What an upstream model said in place of an answer."""
+    """What is said in place of an answer: by an upstream model, or that it would come too late."""
     arrived: float = field(default_factory=time.monotonic)
     place: int = 1
     """Which in the house it was when it came; 1: nobody was there."""
+    lead: Job | None = None
+    """The first answer of the same request; none: it is itself."""
     started: float | None = None
     """When work on it began."""
     first: float | None = None
@@ -82,6 +86,12 @@ class Job:
         if told is not None and token not in ends:
             self.logprobs.append(told)
         return token, complete
+
+    def begin(self) -> None:
+        """Say that work on it begins; only the first time counts."""
+        if self.started is None:
+            self.started = time.monotonic()
+            self.on_begin()
 
     def push(self, token: int, ends: set[int], complete: bool = False) -> bool:
         """Take a token; returns whether the answer is over."""
@@ -144,7 +154,7 @@ class Queue:
                 raise Full
             for job in jobs:
                 self.waiting.append(job)
-                job.place = self.working + len(self.waiting)
+                job.lead = jobs[0]
             self.change.notify_all()
 
     def push(self, job: Job, token: int, ends: set[int], complete: bool = False) -> bool:
@@ -156,7 +166,7 @@ class Queue:
             log.exception("an answer could not be passed on")
             over = job.end("failed")
         if new and job.first is not None:
-            self.admission.learn(job.place, job.first - job.arrived)
+            self.admission.learn(job.place, job.first - job.arrived, job.first - (job.started or job.arrived))
         return over
 
     def close(self) -> None:
@@ -173,5 +183,14 @@ class Queue:
         """End those that nobody wants any more, or all when the work ends. For who holds `change`."""
         now = time.monotonic()
         for job in list(self.waiting):
-            if job.given_up(now) or (self.stopping() and job.end("cancelled")):
+            if job.given_up(now) or (self.stopping() and job.end("cancelled")) or self._late(job, now):
                 self.waiting.remove(job)
+
+    def _late(self, job: Job, now: float) -> bool:
+        """End it if its first token would come too late. Of a request that was begun with, all answers are made, and so is one that found nobody before it."""
+        waited, lead = now - job.arrived, job.lead or job
+        if lead.started is not None or lead.place == 1 or not self.admission.late(waited):
+            return False
+        self.admission.learn(job.place, waited)  # at least as long
+        job.failure = self.admission.refusal()
+        return job.end("late")

@@ -43,7 +43,7 @@ class Joining:
 
     def _take(self) -> None:
         """Take in what there is room for."""
-        waiting, now = self._queue.waiting, time.monotonic()
+        waiting = self._queue.waiting
         while waiting:
             job = waiting[0]
             try:
@@ -52,7 +52,8 @@ class Joining:
                 log.exception("an answer could not be begun")
                 place, _ = None, job.end("failed")
             if place is not None:
-                self._working[place], job.started = job, now
+                self._working[place] = job
+                job.begin()
                 self._queue.working = len(self._working)
             elif job.reason is None:
                 return

@@ -5,8 +5,8 @@
 The list is a JSON array of entries: in a file whose path `TRUNKLINE_API_KEYS` holds, or in that variable itself. It holds digests and no
 secrets; a key has 256 random bits, so that a plain SHA-256 is enough. Without the variable the service is open, and says so at its start.
 
-Budgets are per key and minute, in this process. Requests are counted in a sliding window. Tokens are charged when an answer has
-ended, in windows of a minute: what is already on its way when a budget is used up may still end.
+Budgets are per key and minute, in this process. Requests are counted in a sliding window, but for those that the service was too busy to answer. Tokens
+are charged when an answer has ended, in windows of a minute: what is already on its way when a budget is used up may still end.
 """
 
 from __future__ import annotations
@@ -148,6 +148,11 @@ class Keyring:
         if key.expires is not None and key.expires < datetime.now(UTC):
             raise Refused(401, f"the key {key.id} expired at {key.expires.isoformat()}", code="invalid_api_key")
         return key
+
+    def give_back(self, key: Key | None) -> None:
+        """Count a request no more: it was turned away, and nothing was done for it."""
+        if key is not None and key.requests_per_minute is not None:
+            self._requests.hit(RateLimitItemPerMinute(key.requests_per_minute), key.id, cost=-1)
 
     def charge(self, key: Key | None, tokens: int) -> None:
         """Take tokens from a key's budget."""

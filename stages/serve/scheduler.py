@@ -19,7 +19,9 @@ from stages.serve.slots import Slots
 class Scheduler:
     """Runs jobs on an engine."""
 
-    def __init__(self, engine: Engine, *, slots: int, batch: int, most_waiting: int, first_token: float = math.inf, kept: Sequence[int] = ()) -> None:
+    def __init__(
+        self, engine: Engine, *, slots: int, batch: int, most_waiting: int, room: float = math.inf, first_token: float = math.inf, kept: Sequence[int] = ()
+    ) -> None:
         """Start the work.
 
         Args:
@@ -27,6 +29,7 @@ class Scheduler:
             slots: batches that run on it at a time, where they take nobody in.
             batch: most answers in one of those.
             most_waiting: bound of the queue, in answers.
+            room: most tokens of such a batch, prompts and answers.
             first_token: seconds within which an answer that is let in shall have its first token.
             kept: what most prompts begin with; encoded once.
         """
@@ -34,7 +37,7 @@ class Scheduler:
         self.admission = self._queue.admission
         engine.keep(kept)
         live = engine.live()
-        worker = Slots(engine, self._queue, slots, batch, kept) if live is None else Joining(live, self._queue, engine.chat.eos_ids)
+        worker = Slots(engine, self._queue, slots, batch, room, kept) if live is None else Joining(live, self._queue, engine.chat.eos_ids)
         self._threads = [threading.Thread(target=worker.run, name=f"slot-{i}") for i in range(worker.threads)]
         for thread in self._threads:
             thread.start()

@@ -1,7 +1,8 @@
 """Work on an engine that takes nobody into a running batch: ctranslate2, and the reference.
 
 There are `slots` slots, each a thread that runs one batch of the engine at a time. A free slot takes its fair share of what waits,
-first come first served, up to `batch`. Requests that arrive within GATHER of each other start together.
+first come first served, up to `batch`, and up to the tokens that there is `room` for: the engine holds keys and values of each, on ctranslate2 138 KB a token
+for SmolLM2-135M, and keeps the memory of the largest batches that it had. Requests that arrive within GATHER of each other start together.
 
 Latecomers. A batch is ended early when somebody waits and no slot is free: all its
 answers go to the end of the queue with the tokens that they have, and the next batch holds the latecomer and those of them that fit. They
@@ -10,17 +11,23 @@ work is encoding, and a latecomer waits for a few dozen tokens and never for a l
 streams of answers of about 25 tokens after prompts of 58, two slots: 86 tokens for each second of processor time and at worst 1.8 s to a first
 token, against 117 and 4.0 s when a batch is never ended early; with 16 streams 146 and 4.0 s, against 175 and 3.7 s at four times the patience.
 
+So at worst a latecomer waits until a batch is encoded, for as much again, and until its own is encoded. A batch is therefore only so large that three times
+its encoding, at the pace of late, is what may be expected until a first token (`Admission.aim`).
+
 Steered answers take turns of one draft each, alone in their slot: what a seed gives does not depend on who else asks.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from conf.errors import ModelError
+from stages.serve.admission import follow
 from stages.serve.engine import Engine, Sampling
 from stages.serve.jobs import Job, Queue
 
@@ -51,11 +58,13 @@ class Turn:
 class Slots:
     """Batches side by side."""
 
-    def __init__(self, engine: Engine, queue: Queue, slots: int, batch: int, kept: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, queue: Queue, slots: int, batch: int, room: float, kept: Sequence[int]) -> None:
         """Args: those of `Scheduler`."""
         self.threads = slots
-        self._engine, self._queue, self._batch, self._kept = engine, queue, batch, len(kept)
+        self._engine, self._queue, self._batch, self._room, self._kept = engine, queue, batch, room, len(kept)
         self._busy = 0
+        self._pace = 0.0
+        """Seconds that a token takes that is encoded."""
 
     def run(self) -> None:
         """A slot's thread."""
@@ -93,11 +102,21 @@ class Slots:
             return []
         first = waiting[0]
         same = [first] if first.steering else [job for job in waiting if job.steering is None and job.key() == first.key()]
-        chosen = same[: min(self._batch, -(-len(same) // (self.threads - self._busy)))]
+        chosen = same[: min(self._batch, self._fitting(same), -(-len(same) // (self.threads - self._busy)))]
         for job in chosen:
             waiting.remove(job)
-            job.started = job.started or time.monotonic()
+            job.begin()
         return chosen
+
+    def _fitting(self, jobs: Sequence[Job]) -> int:
+        """How many of the first fit into a batch: there is room for what they may come to, and they are encoded in time. One alone is always taken."""
+        most = self._queue.admission.aim / 3 / self._pace if self._pace else math.inf
+        rooms, encoded = accumulate(len(job.prompt) + job.sampling.max_tokens for job in jobs), accumulate(map(self._fresh, jobs))
+        return max(sum(room <= self._room and tokens <= most for room, tokens in zip(rooms, encoded, strict=True)), 1)
+
+    def _fresh(self, job: Job) -> int:
+        """Tokens of it that have to be encoded."""
+        return len(job.prompt) + len(job.tokens) - self._kept
 
     def work(self, jobs: list[Job]) -> None:
         """Run one batch."""
@@ -108,9 +127,12 @@ class Slots:
 
     def _decode(self, turn: Turn) -> None:
         jobs, ends = turn.jobs, self._engine.chat.eos_ids
+        began, encoded = time.monotonic(), max(sum(map(self._fresh, jobs)), 1)
 
         def on_token(index: int, token: int) -> bool:
             job = jobs[index]
+            if not turn.spent:
+                self._pace = follow(self._pace, (time.monotonic() - began) / encoded)
             if job.reason is not None:
                 return True
             turn.spent += ROW

@@ -18,7 +18,7 @@ import anyio.to_thread
 
 from conf.schema import Classification
 from stages.pii import find
-from stages.serve.answers import LOOK, Answers, Gone
+from stages.serve.answers import Answers
 from stages.serve.jobs import Job, Reason
 from stages.serve.refusals import Refused
 from stages.serve.upstream.letters import Letters
@@ -71,15 +71,8 @@ class UpstreamAnswers(Answers):
             return
         self._task = asyncio.create_task(self._run())
         self.line.send(self._task, self.jobs)
-        while self.request.stream and not self._opened.is_set():
-            try:
-                await asyncio.wait_for(self._opened.wait(), LOOK)
-            except TimeoutError:
-                if await self.gone():
-                    self.cancel()
-                    raise Gone from None
-        if self.request.stream and (failed := next((job.failure for job in self.jobs if job.failure), None)) is not None:
-            raise failed
+        if self.request.stream:
+            await self._until(self._opened, self.gone)
 
     def cancel(self) -> None:
         """Nobody waits any more: the connection to the upstream is closed."""
@@ -133,7 +126,7 @@ class UpstreamAnswers(Answers):
                 masks, hidden = await anyio.to_thread.run_sync(self._mask)
                 unmasked = [Unmasked(masks) for _ in self.jobs]
                 for job in self.jobs:
-                    job.started = time.monotonic()
+                    job.begin()
                 async for part in self.line.engine.ask(self.line.client, hidden, masks, self._count, len(self.jobs)):
                     if part.finish_reason is not None:
                         reasons[part.index] = part.finish_reason if part.finish_reason in ("length", "content_filter") else "stop"  # type: ignore[assignment]
