@@ -7,9 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from stages.serve.engine_transformers import TransformersEngine
 
 # the machines are shared: how long an example takes says nothing
 settings.register_profile("trunkline", deadline=None)
@@ -83,6 +87,23 @@ def python(small: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run([sys.executable, *arguments], cwd=small, capture_output=True, text=True, check=False)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama in a folder of its own, beside which engines can be written."""
+    from tests.models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture(scope="module")
+def reference(hf: Path) -> TransformersEngine:
+    """The engine that decides what is right."""
+    from conf.schema import EngineSettings
+    from stages.serve.engine_transformers import TransformersEngine
+
+    return TransformersEngine(hf, EngineSettings(kind="transformers", quantization="float32", threads=1, batch=4))
 
 
 @pytest.fixture(scope="session")

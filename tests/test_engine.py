@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,41 +20,13 @@ from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
 from stages.serve.scoring import forced_is_cheaper, log_softmax
 from stages.serve.text import TextStream, cut
-from tests.models import tiny_llama
-
-PROMPT = "<|im_start|>user\nwhere is my order<|im_end|>\n<|im_start|>assistant\n"
+from tests.engines import PROMPT, prompts, requests
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("model") / "hf")
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> TransformersEngine:
-    return TransformersEngine(folder, EngineSettings(kind="transformers", quantization="float32", threads=1, batch=4))
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> CTranslate2Engine:
-    to_ctranslate2(folder, folder.parent / "ct2", "float32")
-    return CTranslate2Engine(folder.parent / "ct2", EngineSettings(quantization="float32", threads=1, batch=4))
-
-
-def requests(engine: Engine) -> list[tuple[list[int], list[list[int]]]]:
-    """Long contexts with many short continuations, short ones with long continuations, and the odd cases."""
-    rng, encode = random.Random(0), engine.chat.encode
-    eos = min(engine.chat.eos_ids)
-    long = encode(PROMPT * 4)
-    some: list[tuple[list[int], list[list[int]]]] = [
-        (long, [encode(t) for t in ("refund", "order status", "x", "cancel my order", "where", "size")]),
-        (encode("ab"), [[rng.randrange(4, 200) for _ in range(30)] for _ in range(2)]),
-        (long, [[5, eos, 7], [eos], [6, 7, 8, 9, 10]]),
-        ([7], [[8], [9, 10]]),
-        (long, [[], [11]]),
-        (long, []),
-    ]
-    return some
+def engine(hf: Path) -> CTranslate2Engine:
+    to_ctranslate2(hf, hf.parent / "ct2", "float32")
+    return CTranslate2Engine(hf.parent / "ct2", EngineSettings(quantization="float32", threads=1, batch=4))
 
 
 def test_both_ways_of_scoring_are_taken() -> None:
@@ -98,11 +69,6 @@ def test_logprobs_equal_the_reference(engine: CTranslate2Engine, reference: Tran
     assert ours.shape == theirs.shape == (len(prompt), engine.vocabulary)
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.allclose(np.exp(ours).sum(axis=-1), 1, atol=1e-4)
-
-
-def prompts(engine: Engine) -> list[list[int]]:
-    texts = ["hello", "where is my order", "a", "cancel my order please now", "refund", "size of the tent", "hello"]
-    return [engine.chat.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
 
 
 def test_answers_equal_the_reference(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
@@ -187,6 +153,25 @@ started.wait()
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_models_own_thread_may_be_the_one_that_lets_go_of_it(engine: CTranslate2Engine) -> None:
+    """It cannot join itself: the process would abort there, or at its end if nobody waited for the thread that joins it instead."""
+    script = """import sys, pathlib, threading
+from conf.schema import EngineSettings
+from stages.serve.engine_ctranslate2 import CTranslate2Engine, release
+engine = CTranslate2Engine(pathlib.Path(sys.argv[1]), EngineSettings(quantization="float32", threads=1))
+held, daemons = engine._held, []
+def on_token(_):
+    if held:
+        release(held)
+        daemons.extend(thread.daemon for thread in threading.enumerate() if thread.name == "release")
+    return False
+held[0].generate_batch([["a", "b"]], asynchronous=True, max_length=50, callback=on_token)[0].result()
+print(held, daemons)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(engine.chat.folder)], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[] [False]\n", "")
+
+
 def test_a_seeded_sample_depends_on_the_seed_alone(engine: CTranslate2Engine, reference: TransformersEngine) -> None:
     prompt = prompts(engine)[1]
 
@@ -201,9 +186,9 @@ def test_a_seeded_sample_depends_on_the_seed_alone(engine: CTranslate2Engine, re
     assert sample(engine, 3, top_p=1e-6) == engine.generate([prompt], Sampling(max_tokens=10))[0].text, "a tiny nucleus is the most likely token"
 
 
-def test_int8_is_close_and_repeatable(folder: Path, reference: TransformersEngine) -> None:
-    to_ctranslate2(folder, folder.parent / "int8", "int8")
-    engine = open_engine(folder.parent / "int8", EngineSettings(threads=1, batch=4))
+def test_int8_is_close_and_repeatable(hf: Path, reference: TransformersEngine) -> None:
+    to_ctranslate2(hf, hf.parent / "int8", "int8")
+    engine = open_engine(hf.parent / "int8", EngineSettings(threads=1, batch=4))
     prompt = prompts(engine)[1]
     ours, theirs = engine.logprobs(prompt), reference.logprobs(prompt)
     assert 0 < np.abs(ours - theirs).mean() < 0.2 and (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.8
@@ -213,9 +198,9 @@ def test_int8_is_close_and_repeatable(folder: Path, reference: TransformersEngin
 
 
 @pytest.mark.parametrize("quantization", ["float32", "int8"])
-def test_batches_side_by_side_give_the_same_bits(folder: Path, quantization: str) -> None:
-    out = folder.parent / f"side-{quantization}"
-    to_ctranslate2(folder, out, quantization)
+def test_batches_side_by_side_give_the_same_bits(hf: Path, quantization: str) -> None:
+    out = hf.parent / f"side-{quantization}"
+    to_ctranslate2(hf, out, quantization)
     alone, wide = (CTranslate2Engine(out, EngineSettings(quantization=quantization, threads=threads, batch=2), True) for threads in (1, 3))  # type: ignore[arg-type]
     served = CTranslate2Engine(out, EngineSettings(quantization=quantization, threads=2, batch=2))  # type: ignore[arg-type]
     for sampling in (Sampling(max_tokens=12), Sampling(max_tokens=12, stop=("e",)), Sampling(max_tokens=6, temperature=1.0, seed=3)):
@@ -240,16 +225,16 @@ def test_text_stream_holds_back_what_may_change(engine: CTranslate2Engine) -> No
     assert cut("abcd", ("d", "bc")) == ("a", True)
 
 
-def test_errors_name_the_file(tmp_path: Path, folder: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path, hf: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.bin is missing"):
         open_engine(tmp_path, EngineSettings())
     with pytest.raises(ModelError, match=r"no \*\.safetensors"):
         open_engine(tmp_path, EngineSettings(kind="transformers", quantization="float32"))
     with pytest.raises(ModelError, match="quantization=int8"):
-        open_engine(folder, EngineSettings(kind="transformers"))
+        open_engine(hf, EngineSettings(kind="transformers"))
     for name in ("config.json", "vocabulary.json", "model.bin"):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((hf / "tokenizer.json").read_bytes())
     with pytest.raises(ModelError, match="does not load"):
         open_engine(tmp_path, EngineSettings())
 
@@ -268,23 +253,23 @@ VLLM = importlib.util.find_spec("vllm") is not None
 
 
 @pytest.mark.skipif(VLLM, reason="vllm is installed")
-def test_without_vllm_the_error_says_what_to_do(folder: Path) -> None:
+def test_without_vllm_the_error_says_what_to_do(hf: Path) -> None:
     with pytest.raises(ModelError, match="vllm is not installed"):
-        open_engine(folder, EngineSettings(kind="vllm", quantization="float32"))
+        open_engine(hf, EngineSettings(kind="vllm", quantization="float32"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is not None, reason="llama-cpp-python is installed")
-def test_without_llama_cpp_the_error_says_what_to_do(folder: Path) -> None:
-    to_gguf(folder, folder.parent / "gguf", "float32")
+def test_without_llama_cpp_the_error_says_what_to_do(hf: Path) -> None:
+    to_gguf(hf, hf.parent / "gguf", "float32")
     with pytest.raises(ModelError, match="llama-cpp-python is not installed") as caught:
-        open_engine(folder.parent / "gguf", EngineSettings(kind="llamacpp", quantization="float32"))
+        open_engine(hf.parent / "gguf", EngineSettings(kind="llamacpp", quantization="float32"))
     assert "pip install -e '.[llamacpp]'" in caught.value.remedy
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not VLLM, reason="vllm is not installed")
-def test_vllm_equals_the_reference(folder: Path, reference: TransformersEngine) -> None:
-    vllm = open_engine(folder, EngineSettings(kind="vllm", quantization="float32"))
+def test_vllm_equals_the_reference(hf: Path, reference: TransformersEngine) -> None:
+    vllm = open_engine(hf, EngineSettings(kind="vllm", quantization="float32"))
     assert [a.text for a in vllm.generate(prompts(vllm), Sampling(max_tokens=8))] == [a.text for a in reference.generate(prompts(vllm), Sampling(max_tokens=8))]
     asked = [(context, [c for c in continuations if c]) for context, continuations in requests(vllm)]
     for ours, theirs in zip(vllm.score(asked), reference.score(asked), strict=True):

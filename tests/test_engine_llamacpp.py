@@ -27,9 +27,8 @@ from stages.serve.scheduler import Scheduler
 from stages.serve.scoring import log_softmax
 from stages.serve.steering import Steering
 from stages.serve.wire import ChatRequest
-from tests.models import tiny_llama
+from tests.engines import PROMPT, prompts, requests
 from tests.served import endless, settings
-from tests.test_engine import PROMPT, prompts, requests
 from tests.test_scheduler import job, wait
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e '.[llamacpp]'")
@@ -40,16 +39,6 @@ from stages.serve.live_batch import CHUNK, LiveBatch, common
 def opened(folder: Path, quantization: str = "float32", **more: int) -> LlamaCppEngine:
     settings = {"threads": 1, "batch": 4, "context": 1024} | more
     return LlamaCppEngine(folder, EngineSettings(kind="llamacpp", quantization=quantization, **settings))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("model") / "hf")
-
-
-@pytest.fixture(scope="module")
-def reference(hf: Path) -> TransformersEngine:
-    return TransformersEngine(hf, EngineSettings(kind="transformers", quantization="float32", threads=1, batch=4))
 
 
 @pytest.fixture(scope="module")

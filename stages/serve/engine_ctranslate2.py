@@ -45,11 +45,12 @@ DRAFT = 8
 
 
 def release(held: list[ctranslate2.Generator]) -> None:
-    """Join a model's threads. The garbage collector may come here in one of them, which cannot wait for itself: then another thread does it."""
+    """Join a model's threads. The garbage collector may come here in one of them, which cannot wait for itself: then another thread does it, for which
+    Python waits at its end (to Python a model's thread is a daemon, and what it starts would be one too)."""
     if threading.current_thread() is threading.main_thread():
         held.clear()
     else:
-        threading.Thread(target=held.clear, name="release").start()
+        threading.Thread(target=held.clear, name="release", daemon=False).start()
 
 
 class CTranslate2Engine:

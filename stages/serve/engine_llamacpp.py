@@ -22,7 +22,7 @@ from stages.serve.live_batch import LiveBatch, common
 from stages.serve.llamacpp import Context, Entry, Model
 from stages.serve.sampling import choose
 from stages.serve.scoring import log_softmax
-from stages.serve.text import TextStream
+from stages.serve.text import completed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,17 +66,7 @@ class LlamaCppEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         """Answer each prompt; the next one begins when an answer ends."""
-        texts = [TextStream(self.chat, sampling.stop) for _ in prompts]
-        ended = [False] * len(prompts)
-
-        def on_token(index: int, token: int) -> bool:
-            if token not in self.chat.eos_ids:
-                texts[index].push(token)
-            ended[index] = token in self.chat.eos_ids or texts[index].stopped
-            return ended[index]
-
-        self._answer(prompts, sampling, sampling.seed, on_token)
-        return [Completion(tokens=t.tokens, text=t.text, finish_reason="stop" if done else "length") for t, done in zip(texts, ended, strict=True)]
+        return completed(self.chat, len(prompts), sampling, functools.partial(self._answer, prompts, sampling, sampling.seed))
 
     def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
         """Continue several prompts."""

@@ -6,6 +6,7 @@ Never imported by the service of a Bento that runs on another engine: torch stay
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.serve.chat import Chat
 from stages.serve.engine import Completion, Sampling, Score
-from stages.serve.text import TextStream
+from stages.serve.text import completed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,22 +60,9 @@ class TransformersEngine:
         answers: dict[int, Completion] = {}
         for start in range(0, len(order), self._settings.batch):
             chosen = order[start : start + self._settings.batch]
-            answers.update(zip(chosen, self._generate_batch([prompts[i] for i in chosen], sampling), strict=True))
+            decode = functools.partial(self.decode, [prompts[i] for i in chosen], sampling)
+            answers.update(zip(chosen, completed(self.chat, len(chosen), sampling, decode), strict=True))
         return [answers[i] for i in range(len(prompts))]
-
-    def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        """One batch."""
-        texts = [TextStream(self.chat, sampling.stop) for _ in prompts]
-        ended = [False] * len(prompts)
-
-        def on_token(index: int, token: int) -> bool:
-            if token not in self.chat.eos_ids:
-                texts[index].push(token)
-            ended[index] = token in self.chat.eos_ids or texts[index].stopped
-            return ended[index]
-
-        self.decode(prompts, sampling, on_token)
-        return [Completion(tokens=t.tokens, text=t.text, finish_reason="stop" if done else "length") for t, done in zip(texts, ended, strict=True)]
 
     def decode(self, prompts: Sequence[Sequence[int]], sampling: Sampling, on_token: Callable[[int, int], bool]) -> None:
         """Left-padded batch, token by token with a KV cache; a prompt that has ended keeps its place in it. The seed is honoured."""

@@ -48,6 +48,8 @@ class Joining:
             job = waiting[0]
             try:
                 place = self._batch.join(job.prompt, job.sampling.max_tokens)
+            except ModelError as error:
+                place, _ = None, job.end("failed", error=error.what)
             except Exception:
                 log.exception("an answer could not be begun")
                 place, _ = None, job.end("failed")

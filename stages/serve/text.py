@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stages.serve.chat import Chat
+from stages.serve.engine import Completion, Sampling
 
 BROKEN = "\ufffd"
 
@@ -45,6 +46,20 @@ class TextStream:
         piece = text[self._given :]
         self._given = max(self._given, len(text))
         return piece
+
+
+def completed(chat: Chat, count: int, sampling: Sampling, decode: Callable[[Callable[[int, int], bool]], None]) -> list[Completion]:
+    """So many answers, each ended by an end token or a stop text. Args: decode: tells `on_token` every token, as of `Engine.decode`."""
+    texts, ended = [TextStream(chat, sampling.stop) for _ in range(count)], [False] * count
+
+    def on_token(index: int, token: int) -> bool:
+        if token not in chat.eos_ids:
+            texts[index].push(token)
+        ended[index] = token in chat.eos_ids or texts[index].stopped
+        return ended[index]
+
+    decode(on_token)
+    return [Completion(tokens=t.tokens, text=t.text, finish_reason="stop" if done else "length") for t, done in zip(texts, ended, strict=True)]
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
