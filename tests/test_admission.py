@@ -56,11 +56,11 @@ def test_whoever_would_wait_too_long_is_turned_away_until_it_is_quiet() -> None:
     house = House()
     admission = house.admission(first_token=10.0)
     for _ in range(200):
-        admission.learn(4, 8.0, 1.0)  # two seconds each
+        admission.learn(4, 7.0, 1.0)  # 1.75 seconds each
     house.waiting, house.working = 1, 1
-    assert not admission.full() and admission.wait() == pytest.approx(6.0)
+    assert not admission.full() and admission.wait() == pytest.approx(5.25)
     house.working = 2
-    assert admission.full() and admission.refusal().status == 429 and admission.refusal().headers() == {"Retry-After": "8"}
+    assert admission.full() and admission.refusal().status == 429 and admission.refusal().headers() == {"Retry-After": "7"}
     house.waiting = 0
     assert not admission.full(), "nothing waits: it is let in, and measured"
     house.waiting, house.working = 1, 2
