@@ -20,8 +20,9 @@ from stages.serve.refusals import Refused
 RISE, FALL = 1 / 8, 1 / 64
 """Weights of a cost that is above, and below, the one that is believed."""
 AIM = 0.55
-"""Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.7 gave a first
-token within 5.8 s (99th percentile) and 6.1 answers a second, 0.55 within 4.5 s and 6.4, where 5 s is the aim (`python -m tests.bench.load`). Whoever has waited for less of it is not turned away again."""
+"""Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.7 gave a
+first token within 5.8 s (99th percentile) and 6.1 answers a second, 0.55 within 4.5 s and 6.4, where 5 s is the aim (`python -m tests.bench.load`).
+Whoever has waited for less of it is not turned away again."""
 THREADS = 2
 """In which requests are made ready: more of them would take turns at Python's lock, and the event loop, which turns requests away, would wait for it."""
 
