@@ -4,13 +4,13 @@
     python -m tests.bench.serve --json out.json     # and every figure into a file
 
 Each of n streams sends a message of the test split, reads the streamed answer of at most TOKENS tokens to its end, and sends the next one. Tokens are those
-that the server counts in `usage`, where it says, else its chunks; time is that of the whole block. The sides (`tests.bench.serve_sides`) run one after another, in
-ROUNDS rounds in turn, and the better round counts: what else runs on the machine can only take away. `transformers serve` as it comes is not asked by 32
-streams: it would take minutes.
+that the server counts in `usage`, where it says, else its chunks, and none of an answer that the guard refused; time is that of the whole block. The sides
+(`tests.bench.serve_sides`) run one after another, in ROUNDS rounds in turn, and the better round counts: what else runs on the machine can only take away.
+`transformers serve` as it comes is not asked by 32 streams: it would take minutes.
 
 Our llama.cpp side with one stream, in bfloat16, on two cores of a Xeon (AVX512-BF16): a step of the bare context takes 14.6 ms with two threads and 28 with
 one, of which Python (logits to numpy, argmax) takes 0.03; llama.cpp's own `llama-batched-bench`, with its default options, gives the same 69 tokens a second
-on the same weights. What a server gains on ours with one stream is thus not in the engine's loop. On cores that many others keep busy a step of two threads
+on the same weights. So the engine's loop costs nothing beside llama.cpp's own; what a server gains on ours with one stream is not explained. On cores that many others keep busy a step of two threads
 took 5.5 s, and one of one thread 0.3 s: ratios from a loaded machine say nothing.
 """
 
@@ -49,7 +49,7 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -
     """One answer, read to its end."""
     body = {"model": model, "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}], "max_tokens": TOKENS, "temperature": 0,
             "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
-    began, times, counted = time.monotonic(), list[float](), 0
+    began, times, counted, refused = time.monotonic(), list[float](), 0, False
     async with session.post(f"{url}/v1/chat/completions", json=body) as reply:
         reply.raise_for_status()
         async for line in reply.content:
@@ -58,9 +58,10 @@ async def ask(session: aiohttp.ClientSession, url: str, model: str, text: str) -
             event = json.loads(line[6:])
             if event.get("choices") and event["choices"][0]["delta"].get("content"):
                 times.append(time.monotonic())
+            refused |= bool(event.get("choices")) and event["choices"][0].get("finish_reason") == "content_filter"
             counted = (event.get("usage") or {}).get("completion_tokens") or counted
     times = times or [time.monotonic()]
-    return Answer(tokens=counted or len(times), first=times[0] - began, last=times[-1] - began)
+    return Answer(tokens=0 if refused else counted or len(times), first=times[0] - began, last=times[-1] - began)
 
 
 async def load(url: str, server: int, model: str, texts: list[str], streams: int, requests: int) -> Figure:
