@@ -10,8 +10,8 @@ that the server counts in `usage`, where it says, else its chunks, and none of a
 
 Our llama.cpp side with one stream, in bfloat16, on two cores of a Xeon (AVX512-BF16): a step of the bare context takes 14.6 ms with two threads and 28 with
 one, of which Python (logits to numpy, argmax) takes 0.03; llama.cpp's own `llama-batched-bench`, with its default options, gives the same 69 tokens a second
-on the same weights. So the engine's loop costs nothing beside llama.cpp's own; what a server gains on ours with one stream is not explained. On cores that many others keep busy a step of two threads
-took 5.5 s, and one of one thread 0.3 s: ratios from a loaded machine say nothing.
+on the same weights. So the engine's loop costs nothing beside llama.cpp's own; what a server gains on ours with one stream is not explained. On cores that
+many others keep busy a step of two threads took 5.5 s, and one of one thread 0.3 s: ratios from a loaded machine say nothing.
 """
 
 from __future__ import annotations
