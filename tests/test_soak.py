@@ -267,7 +267,7 @@ def test_the_soak_finds_what_is_kept_of_each_request(tmp_path: Path) -> None:
     states, _, _ = soak(tmp_path, 2, 4, leaking=True)
     grown = {name: slope([getattr(state, name) for state in states]) for name in ("blocks", "heap", "uss")}
     sys.stderr.write(f"{grown}\n")
-    assert grown["blocks"] > BLOCKS and grown["uss"] > BYTES, (grown, states)
+    assert grown["blocks"] > BLOCKS and grown["heap"] > BYTES, (grown, states)  # USS shows it only once the free pages of the first rounds are used up
 
 
 if __name__ == "__main__":
