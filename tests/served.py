@@ -98,6 +98,17 @@ def serve(engine: Path, folder: Path, serve: Serve, keys: Sequence[Key] = (), ma
         thread.join(60)
 
 
+def until_ready(url: str, started: subprocess.Popen[bytes]) -> None:
+    """Wait until a service that was started answers, whatever it says."""
+    for _ in range(600):
+        try:
+            httpx.get(f"{url}/readyz")
+            break
+        except httpx.TransportError:
+            assert started.poll() is None
+            time.sleep(0.1)
+
+
 @contextmanager
 def process(
     engine: Path, folder: Path, environment: Mapping[str, str], waiting: int = 64, events: str | None = None
@@ -111,13 +122,7 @@ def process(
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            try:
-                httpx.get(f"{url}/readyz")
-                break
-            except httpx.TransportError:
-                assert started.poll() is None
-                time.sleep(0.1)
+        until_ready(url, started)
         yield url, started
     finally:
         started.kill()

@@ -42,7 +42,7 @@ from stages.serve.jobs import Job
 from stages.serve.keys import VARIABLE, keyring, make
 from stages.serve.store import Store
 from tests.guards import WINDOW, toy_guard
-from tests.served import DIGEST, NAME, RULES, model, settings
+from tests.served import DIGEST, NAME, RULES, model, settings, until_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -219,13 +219,7 @@ def soak(folder: Path, warm: int, rounds: int, leaking: bool = False) -> tuple[l
     command = [sys.executable, "-m", "tests.test_soak", str(engine), str(guard), events, str(port), "leaking" * leaking]
     server, url = subprocess.Popen(command, env=environment), f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
-            try:
-                httpx.get(f"{url}/readyz")
-                break
-            except httpx.TransportError:
-                assert server.poll() is None
-                time.sleep(0.1)
+        until_ready(url, server)
         states, found = list[State](), Counter[tuple[str, int]]()
         for number in range(warm + rounds):
             began = time.monotonic()
