@@ -50,6 +50,8 @@ class Answers:
     assistant: Assistant
     scheduler: Scheduler | Line
     request: ChatRequest | CompletionRequest
+    instructs: bool
+    """Whether its sender may write a system prompt (`stages.serve.keys`)."""
     jobs: list[Job] = field(default_factory=list)
     leaving: dict[str, object] = field(default_factory=dict)
     """Of what leaves for an upstream model: its classification, and how much was masked, by kind."""
@@ -101,7 +103,7 @@ class Answers:
     async def _enter(self, before: int, arrived: float) -> None:
         threads = self.scheduler.admission.threads
         prompts = await anyio.to_thread.run_sync(self.assistant.prompts, self.request, texts(self.request), limiter=threads)  # refuses what is too long to read
-        self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request, limiter=threads)
+        self.screened = await anyio.to_thread.run_sync(self.assistant.screen, self.request, self.instructs, limiter=threads)
         if self.guarded:
             return
         jobs = await anyio.to_thread.run_sync(self._make, prompts, self.screened, limiter=threads)

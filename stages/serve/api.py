@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from stages.serve.answers import Answers, Gone
 from stages.serve.assistant import Assistant
 from stages.serve.door import Door
-from stages.serve.keys import Keyring
+from stages.serve.keys import Keyring, may_instruct
 from stages.serve.refusals import ErrorReply, Refused, invalid
 from stages.serve.scheduler import Scheduler
 from stages.serve.store import Store
@@ -146,13 +146,13 @@ def _named(app: FastAPI, name: str) -> Assistant:
 
 
 def _begin(app: FastAPI, request: Request, asked: ChatRequest | CompletionRequest) -> Answers:
-    assistant, scheduler = _named(app, asked.model), app.state.scheduler
-    if isinstance(scheduler, Line):
-        classification = classify(request.state.note.key, request.headers.get(HEADER))
-        return UpstreamAnswers(
-            assistant=assistant, scheduler=scheduler, request=asked, line=scheduler, classification=classification, gone=request.is_disconnected
-        )
-    return Answers(assistant=assistant, scheduler=scheduler, request=asked)
+    assistant, scheduler, key = _named(app, asked.model), app.state.scheduler, request.state.note.key
+    if not isinstance(scheduler, Line):
+        return Answers(assistant=assistant, scheduler=scheduler, request=asked, instructs=may_instruct(key))
+    return UpstreamAnswers(
+        assistant=assistant, scheduler=scheduler, request=asked, instructs=may_instruct(key),
+        line=scheduler, classification=classify(key, request.headers.get(HEADER)), gone=request.is_disconnected,
+    )  # fmt: skip
 
 
 def _answers(app: FastAPI) -> None:

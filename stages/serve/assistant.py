@@ -21,7 +21,7 @@ from conf.schema import Serve
 from stages.files import sha256
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
-from stages.serve.guard.guard import Guard, Message, Screened
+from stages.serve.guard.guard import SYSTEM, Guard, Message, Screened
 from stages.serve.guard.outgoing import Outgoing, Watch
 from stages.serve.jobs import Job
 from stages.serve.refusals import Refused
@@ -87,15 +87,24 @@ class Assistant:
         system = [] if self.settings.system is None or messages[0]["role"] == "system" else [{"role": "system", "content": self.settings.system}]
         return [*system, *messages]
 
-    def screen(self, request: ChatRequest | CompletionRequest) -> Screened:
-        """What the guard says of a request."""
-        if isinstance(request, ChatRequest):
-            return self.guard.screen([Message(text=turn.text(), role=turn.role, name=turn.name) for turn in request.messages])
-        return self.guard.screen([Message(text=text) for text in texts(request)])
+    def screen(self, request: ChatRequest | CompletionRequest, instructs: bool = False) -> Screened:
+        """What the guard says of a request.
+
+        Args:
+            instructs: whether its sender may write a system prompt (the scope `system` of its key); ours anybody may send.
+        """
+        if not isinstance(request, ChatRequest):
+            return self.guard.screen([Message(text=text) for text in texts(request)])
+        found = []
+        for turn in request.messages:
+            text = turn.text()
+            trusted = turn.role in SYSTEM and (instructs or text == self.settings.system)
+            found.append(Message(text=text, role=turn.role, name=turn.name, trusted=trusted))
+        return self.guard.screen(found)
 
     def watch(self, request: ChatRequest | CompletionRequest, screened: Screened) -> Watch:
         """What reads one answer on its way out."""
-        ours = self.settings.system if isinstance(request, ChatRequest) and request.messages[0].role not in ("system", "developer") else None
+        ours = self.settings.system if isinstance(request, ChatRequest) and request.messages[0].role not in SYSTEM else None
         return self.outgoing.watch("\n".join(text for text in (ours, screened.system) if text), screened.own)
 
     def prompts(self, request: ChatRequest | CompletionRequest, shown: Sequence[str]) -> list[list[int]]:

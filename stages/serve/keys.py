@@ -1,6 +1,6 @@
 """API keys and their budgets.
 
-    python -m stages.serve.keys web --scopes answer feedback --days 90    # prints the key once, and the entry for the list
+    python -m stages.serve.keys web --scopes answer feedback system --days 90    # prints the key once, and the entry for the list
 
 The list is a JSON array of entries: in a file whose path `TRUNKLINE_API_KEYS` holds, or in that variable itself. It holds digests and no
 secrets; a key has 256 random bits, so that a plain SHA-256 is enough. Without the variable the service is open, and says so at its start.
@@ -36,7 +36,7 @@ from conf.schema import Classification
 from stages.serve.refusals import Refused
 
 VARIABLE = "TRUNKLINE_API_KEYS"
-Scope = Literal["answer", "feedback"]
+Scope = Literal["answer", "feedback", "system"]
 FORM = re.compile(r"tk-([a-z0-9-]{1,40})\.([\w-]{43})", re.ASCII)
 
 
@@ -49,7 +49,8 @@ class Key:
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Of the whole key."""
     scopes: list[Scope]
-    """`answer`: completions and models; `feedback`: ratings."""
+    """`answer`: completions and models; `feedback`: ratings; `system`: its holder is an application, whose system prompts the guard takes for instructions.
+    Those of another key it reads like a user's words, and in an open service everybody's are an application's."""
     expires: AwareDatetime | None = None
     """Null: never."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
@@ -57,6 +58,11 @@ class Key:
     """Of prompts and answers together."""
     classification: Classification | None = None
     """Of what is asked with it: whether that may leave for an upstream model. Null: the request says so itself."""
+
+
+def may_instruct(key: Key | None) -> bool:
+    """Whether who asks with it may write a system prompt; null: the service is open."""
+    return key is None or "system" in key.scopes
 
 
 def make(name: str, scopes: Sequence[str], expires: datetime | None, classification: str | None = None) -> tuple[str, dict[str, object]]:
@@ -164,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make a key."""
     parser = argparse.ArgumentParser(prog="python -m stages.serve.keys", description="Make an API key: it goes to stdout, its entry for the list to stderr.")
     parser.add_argument("name", help="small letters, digits and hyphens")
-    parser.add_argument("--scopes", nargs="+", choices=["answer", "feedback"], default=["answer", "feedback"])
+    parser.add_argument("--scopes", nargs="+", choices=get_args(Scope), default=get_args(Scope), help="without `system` for a key in users' own hands")
     parser.add_argument("--days", type=int, help="until it expires; never, if not given")
     parser.add_argument("--classification", choices=get_args(Classification), help="of what is asked with it, for an upstream model")
     given = parser.parse_args(arguments)

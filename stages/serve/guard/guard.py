@@ -20,6 +20,8 @@ from stages.serve.guard.rules import Rule, Rules, declared, overwrite
 from stages.serve.guard.verdict import DocumentVerdict, Finding, Verdict, worst
 
 REMOVED = "<DOCUMENT REMOVED>"
+SYSTEM = ("system", "developer")
+"""Roles of a system prompt, of which the second is the newer name."""
 
 
 class Scorer(Protocol):
@@ -48,6 +50,8 @@ class Message:
     role: str = "user"
     name: str | None = None
     """Both as of OpenAI's messages."""
+    trusted: bool = False
+    """A system prompt of one who may write it: an instruction by trade. No classifier reads it and no rule refuses it; masks and documents stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,7 @@ class Guard:
             quoted = [Quotation(kind="name", start=0, end=len(text))] if message.name in NAMES else quotations(text)
             words = own_words(text, quoted)
             own.append(words)
-            said, worst_score = self._read(words, clock)
+            said, worst_score = (self._by_rules(words, clock), 0.0) if message.trusted else self._read(words, clock)
             score = max(score, worst_score)
             first = len(documents)
             for quotation in quoted:
@@ -126,6 +130,8 @@ class Guard:
             if quoted:
                 known = {f.name for f in said} | {f.name for d in documents[first:] for f in d.findings}
                 said |= {f for f in self._by_rules(text, clock) if f.name not in known}
+            if message.trusted:
+                said = {f for f in said if f.action != "refuse" or f.name == "budget"}
             masked = self._mask(text, quoted, said, documents[first:])
             if masked is None:
                 said.add(Finding(tier="rules", name="unmaskable", action="refuse"))
@@ -137,7 +143,7 @@ class Guard:
 
     @staticmethod
     def _screened(verdict: Verdict, messages: Sequence[Message], texts: list[str], own: list[str]) -> Screened:
-        system = "\n".join(m.text for m in messages if m.role in ("system", "developer"))
+        system = "\n".join(m.text for m in messages if m.role in SYSTEM)
         return Screened(verdict=verdict, texts=texts, own="\n".join(t for t, m in zip(own, messages, strict=True) if m.role == "user"), system=system)
 
     # ------------------------------------------------------------ one passage
