@@ -1,8 +1,8 @@
 """Who is let in: as many requests as the queue holds, and as will have their first tokens in time.
 
-A request is turned away at once when its first token would come too late: how many it finds in the house (at the guard, in the queue, in a slot) times the
-seconds that each of them has cost lately, from the door to the first token. Those follow what is measured, up quickly and down slowly, so that they stand
-for the slow ones among the answers. When nothing waits, nobody is turned away, and they are measured anew.
+A request is turned away at once when its first token would come too late: so many seconds for each that it finds in the house (at the guard, in the queue,
+in a slot), and some more however many there are (`Expected`). Both follow what is measured, up quickly and down slowly, so that they stand for the slow ones
+among the answers. When nothing waits, nobody is turned away, and they are measured anew.
 
 What was expected may come otherwise, on a machine that others use too. So a request that waits is turned away as well, as late as that, when it would have
 its first token too late even if work on it began now: nothing was begun, and nobody gets an answer later than was promised.
@@ -19,6 +19,8 @@ from stages.serve.refusals import Refused
 
 RISE, FALL = 1 / 8, 1 / 64
 """Weights of a cost that is above, and below, the one that is believed."""
+ALONE = 0.02
+"""How much less is believed in what all wait for, whoever is before them: where the answers say nothing of it, all of the time is that of the others."""
 AIM = 0.55
 """Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.7 gave a
 first token within 5.8 s (99th percentile) and 6.1 answers a second, 0.55 within 4.5 s and 6.4, where 5 s is the aim (`python -m tests.bench.load`).
@@ -29,6 +31,35 @@ THREADS = 2
 
 class Full(Exception):
     """There is no room in the queue, or the first token would come too late."""
+
+
+class Expected:
+    """Seconds to the first token of the second, third, … in the house: a line through what was measured lately.
+
+    Some wait is the same for all (the batch at work has to end), some grows with the answers before. A line through the origin would take the first for the
+    second, and turn sixteen away because two waited for a batch. It is a regression with weights that fall with the age of a measurement, and that are larger
+    for those above the line: an expectile (Newey and Powell, 1987).
+    """
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._means = [0.0] * 5
+        """Of 1, place, seconds, place squared and place times seconds, by weight."""
+        self._base, self._each = 0.0, 0.0
+
+    def seconds(self, place: int) -> float:
+        """Of the `place`-th; 0 before anything is known."""
+        return self._base + self._each * place
+
+    def learn(self, place: int, seconds: float) -> None:
+        """Take in a measurement."""
+        weight = RISE if seconds > self.seconds(place) else FALL
+        measured = (1.0, place, seconds, place * place, place * seconds)
+        self._means = [mean + (one - mean) * weight for mean, one in zip(self._means, measured, strict=True)]
+        ones, places, times, squares, products = self._means
+        base = (times * squares - places * products) / ((1 + ALONE) * ones * squares - places * places)
+        self._base = min(max(base, 0.0), times / ones)  # neither part is negative
+        self._each = max((products - self._base * places) / squares, 0.0)
 
 
 class Admission:
@@ -44,7 +75,7 @@ class Admission:
             working: how many are in a slot now.
         """
         self._most, self._first_token, self._waiting, self._working = most, first_token, waiting, working
-        self._entering, self._cost, self._begin = 0, 0.0, 0.0
+        self._entering, self._begin, self._expected = 0, 0.0, Expected()
         self.threads = anyio.CapacityLimiter(THREADS)
 
     @property
@@ -54,7 +85,7 @@ class Admission:
 
     def wait(self, count: int = 1) -> float:
         """Seconds until the first tokens of so many more answers, about."""
-        return (self._working() + self._waiting() + self._entering + count) * self._cost
+        return self._expected.seconds(self._working() + self._waiting() + self._entering + count)
 
     def full(self, count: int = 1) -> bool:
         """Whether so many more answers are too many."""
@@ -84,7 +115,8 @@ class Admission:
             seconds: after which it had it.
             begin: those of them for which it was worked on; the slowest is remembered, and forgotten at FALL. Null: it was turned away after so long.
         """
-        self._cost = follow(self._cost, seconds / place)
+        if place > 1:  # the first waits for nobody
+            self._expected.learn(place, seconds)
         if begin is not None:
             self._begin = max(begin, self._begin + (begin - self._begin) * FALL)
 
