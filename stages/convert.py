@@ -123,7 +123,7 @@ def recognise(data: bytes, form: str, columns: int, known: Mapping[tuple[str, by
 
 
 def store(engine: Path, recipe: Recipe, base: Path, adapter: Path, out: Path) -> None:
-    """Write the folder that `stages.serve.materialise.opened` makes the engine from: contents only, no links, no modes."""
+    """Write the folder that `stages.serve.engine_cache.opened` makes the engine from: contents only, no links, no modes."""
     out.mkdir(parents=True)
     for source in (base, adapter):
         shutil.copytree(source, out / source.name, copy_function=shutil.copyfile)

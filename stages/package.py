@@ -50,9 +50,14 @@ INPUTS = (
 """What the provenance gives the digests of."""
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
-ENGINES = {"ctranslate2": ("ctranslate2",), "llamacpp": ("llama-cpp-python",), "transformers": ("torch", "transformers"), "vllm": ("vllm",),
-           "upstream": ("openai",)}  # fmt: skip
-"""Engine -> the distributions that it imports."""
+ENGINES = {
+    "ctranslate2": ("stages.serve.engine_ctranslate2", ("ctranslate2",)),
+    "llamacpp": ("stages.serve.engine_llamacpp", ("llama-cpp-python",)),
+    "transformers": ("stages.serve.engine_transformers", ("torch", "transformers")),
+    "vllm": ("stages.serve.engine_vllm", ("vllm",)),
+    "upstream": ("stages.serve.upstream.engine", ("openai",)),
+}
+"""Engine -> its module, and the distributions that it imports."""
 IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2", "httptools", "jinja2", "kingfisher-secret-scanner", "limits", "llguidance",
             "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "regex",
             "safetensors", "SQLAlchemy", "starlette", "tenacity", "tokenizers", "uvloop")  # fmt: skip
@@ -93,7 +98,7 @@ def requirements(kind: str, *, transformer: bool = False) -> list[str]:
         ModelError: one of them is not installed.
     """
     pins = []
-    for name in sorted({*IMPORTED, *ENGINES[kind], *(ENGINES["transformers"] if transformer else ())}):
+    for name in sorted({*IMPORTED, *ENGINES[kind][1], *(ENGINES["transformers"][1] if transformer else ())}):
         try:
             pins.append(f"{name}=={importlib.metadata.version(name).partition('+')[0]}")
         except importlib.metadata.PackageNotFoundError as error:
@@ -122,7 +127,7 @@ def lay_out(context: Path, settings: Package, serve: Serve, digest: str) -> None
     (context / "guard").mkdir()
     for name in GUARD_FILES:
         shutil.copyfile(GUARD / name, context / "guard" / name)
-    unused = {"stages.serve.upstream.engine" if kind == "upstream" else f"stages.serve.engine_{kind}" for kind in ENGINES if kind != serve.engine.kind}
+    unused = {module for kind, (module, _) in ENGINES.items() if kind != serve.engine.kind}
     unused |= set() if serve.guard.transformer else {"stages.serve.guard.transformer"}
     for path in closure(SERVICE, leave_out={"conf.yaml", *unused}):
         (context / path).parent.mkdir(parents=True, exist_ok=True)

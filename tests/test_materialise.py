@@ -18,7 +18,8 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.files import read_json, remove, sha256, write_json
 from stages.serve.engine import Sampling, open_engine
-from stages.serve.materialise import KEPT, RECIPE, Weights, cache, not_plain, opened, read_tensors, to_float32
+from stages.serve.engine_cache import KEPT, cache, opened
+from stages.serve.materialise import RECIPE, Weights, not_plain, read_tensors, to_float32
 from tests.conftest import ROOT
 from tests.models import tiny_llama
 from tests.variants import TARGETS, adapter_of, stored_variant
@@ -27,7 +28,7 @@ OPEN = """
 import sys
 from pathlib import Path
 from stages.files import sha256
-from stages.serve.materialise import opened
+from stages.serve.engine_cache import opened
 with opened(Path(sys.argv[1])) as engine:
     print(engine, sha256(engine), (engine / "model.bin").stat().st_ino)
 """

@@ -26,7 +26,7 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.serve.chat import Chat
 from stages.serve.engine import Completion, Sampling, Score
-from stages.serve.materialise import opened
+from stages.serve.engine_cache import opened
 from stages.serve.sampling import choose
 from stages.serve.scoring import Item, log_softmax, plan
 from stages.serve.scoring import score as scored

@@ -7,31 +7,20 @@ A folder that `export` wrote with `store: adapter` holds
     recipe.json    the pieces of model.bin in order, and the sha256 of the folder that comes out
     the rest       the engine's other files (configuration, vocabulary, tokenizer), as they are
 
-`opened` gives the engine's folder. It is made once per machine, in a cache keyed by its digest ($TRUNKLINE_ENGINES, else
-.dvc/tmp/trunkline/engines in a repository, else ~/.cache/trunkline/engines), and its digest is checked at every opening, so what
-is evaluated, attacked and served are the same bytes.
+`stages.serve.engine_cache` keeps what is made.
 
 Every weight is base + scale * (the sum over k of B[:, k] * A[k, :], k ascending), multiplied and added element by element in
 float32: IEEE 754 leaves no choice there, while a matrix product of a BLAS rounds otherwise on another CPU or thread count.
 The quantisation is ctranslate2's (`specs/model_spec.py`), row by row.
-
-SmolLM2-135M, one thread, processor time (the machine was shared) and peak of the resident memory of a process that opens the engine,
-ctranslate2's own loading included: 1.2 s and 324 MiB at the first start, most of it the base's mapped file; 0.4 s and 202 MiB at
-later ones; 0.3 s and 201 MiB for an engine that is stored whole. The Bento holds 281 MB of model, and 140 MB with the whole engine.
 """
 
 from __future__ import annotations
 
 import base64
-import errno
-import fcntl
 import json
-import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,15 +28,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from conf.errors import ModelError
-from stages.files import publish, read_json, remove, sha256
+from stages.files import read_json, sha256
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 RECIPE = "recipe.json"
-KEPT = 4
-"""Engines that the cache keeps: those used last."""
 BLOCK = 64 * 1024
 """Weights at a time: a few float32 arrays of so many stay in a core's cache."""
 PLAIN: dict[str, tuple[object, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)} | dict.fromkeys(
@@ -55,9 +42,6 @@ PLAIN: dict[str, tuple[object, ...]] = {"peft_type": ("LORA",), "bias": ("none",
      "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "use_rslora"), (None, False, {}, []),
 )  # fmt: skip
 """Settings of an adapter that change what it adds, and the values with which it is alpha / rank * B A."""
-UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
@@ -278,75 +262,3 @@ def materialise(folder: Path, recipe: Recipe, out: Path) -> None:
         other = [name for name, digest in recipe.made_from.items() if not (folder / name).is_file() or sha256(folder / name) != digest]
         what = f"{' and '.join(other) or f'a file beside {RECIPE}'} is not what was exported"
         raise ModelError(f"{folder} gives the engine {actual}, not {recipe.engine}: {what}", "run `dvc checkout`, `dvc pull`, or `dvc repro export`")
-
-
-def cache() -> Path:
-    """Where materialised engines are kept."""
-    if named := os.environ.get("TRUNKLINE_ENGINES"):
-        return Path(named)
-    if Path(".dvc").is_dir():
-        return Path(".dvc/tmp/trunkline/engines")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trunkline" / "engines"
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[Path]:
-    """Give the folder that ctranslate2 opens; until the end of the block no other process makes or removes one.
-
-    A folder without a recipe is given as it is.
-
-    Raises:
-        ModelError: the engine cannot be made, or the cache cannot be written.
-    """
-    if not (folder / RECIPE).is_file():
-        yield folder
-        return
-    recipe, kept = read_recipe(folder / RECIPE), cache()
-    with locked(kept):
-        with writable(kept):
-            engine = take(folder, recipe, kept)
-        yield engine
-
-
-@contextmanager
-def locked(kept: Path) -> Iterator[None]:
-    """Hold the cache; the lock ends with the process, however that ends."""
-    with writable(kept):
-        kept.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(kept / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writable(kept: Path) -> Iterator[None]:
-    """Tell in a sentence when the cache cannot be written.
-
-    Raises:
-        ModelError: the disk is full or read-only, or the folder is another user's.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise ModelError(f"{kept}: {error.strerror}", "free some space, or name a folder that can be written in TRUNKLINE_ENGINES") from error
-
-
-def take(folder: Path, recipe: Recipe, kept: Path) -> Path:
-    """The engine in the cache, made if it is not there or not what it should be; older ones and what a killed process left go."""
-    engine = kept / recipe.engine
-    if engine.is_dir() and sha256(engine) != recipe.engine:
-        log.warning("%s is damaged, and made again", engine)
-        remove(engine)
-    if not engine.is_dir():
-        with publish(engine) as out:
-            materialise(folder, recipe, out)
-    os.utime(engine)
-    found = sorted((path for path in kept.iterdir() if path.is_dir()), key=lambda path: (path.name.startswith("."), -path.stat().st_mtime_ns))
-    for path in [*found[KEPT:], *(path for path in found[:KEPT] if path.name.startswith("."))]:
-        remove(path)
-    return engine

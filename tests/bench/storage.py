@@ -8,7 +8,7 @@ and rank, thirty blocks deep, twelve of them tuned: a quarter of SmolLM2-135M an
 samples) comes on top, as dvc.lock gives its size beside its base's. `theirs` is `export.store: engine`: two variants are stored, and each
 further one counts as the second did.
 
-What opening such an engine costs stands in stages/serve/materialise.py.
+What opening such an engine costs stands in stages/serve/engine_cache.py.
 
 What was tried, and did not help:
 
