@@ -8,10 +8,15 @@ that the server counts in `usage`, where it says, else its chunks, and none of a
 (`tests.bench.serve_sides`) run one after another, in ROUNDS rounds in turn, and the better round counts: what else runs on the machine can only take away.
 `transformers serve` as it comes is not asked by 32 streams: it would take minutes.
 
-Our llama.cpp side with one stream, in bfloat16, on two cores of a Xeon (AVX512-BF16): a step of the bare context takes 14.6 ms with two threads and 28 with
-one, of which Python (logits to numpy, argmax) takes 0.03; llama.cpp's own `llama-batched-bench`, with its default options, gives the same 69 tokens a second
-on the same weights. So the engine's loop costs nothing beside llama.cpp's own; what a server gains on ours with one stream is not explained. On cores that
-many others keep busy a step of two threads took 5.5 s, and one of one thread 0.3 s: ratios from a loaded machine say nothing.
+What was tried, on two cores of a Xeon with AVX-512 and without AMX:
+- llama.cpp steps in 15 ms for one answer in bfloat16, as its own `llama-batched-bench` does, and took 36 where another thread of the process had called it
+  before: OpenMP keeps a team for each, and lets more threads than processors sleep at every wait. So the kept prefix is encoded by a thread that ends.
+- ctranslate2's step takes 3 ms and 4.9 for each answer, of 80 tokens so far, where encoding takes 0.6 to 1.2 ms a token: it copies an answer's keys and values
+  (138 KB a token) into the next step's. So two slots of 1, 2, 4, 8 and 16 answers give 219, 196, 252, 324 and 298 tokens a second when none ends before the
+  others, and no batch is large enough for the bar of eight times `transformers serve`. Packed products (CT2_USE_EXPERIMENTAL_PACKED_GEMM) change nothing,
+  oneDNN in the place of MKL is slower (126 to 297), CT2_FORCE_CPU_ISA=AVX512 lies within the noise.
+- A batch that is left alone for 1, 2, 4 times the seconds of its encoding, or for ever (`Slots`), 8 streams: 146, 126, 120 and 168 tokens a second; 16: 122,
+  130, 154, 152. The longest wait for a first token grows from 2.3 to 3.5 s; what it gains lies within the noise.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from stages.files import read_jsonl
 from tests.bench.evaluate import weights
 from tests.bench.rows import Row, show
 from tests.bench.serve_load import LEVELS, REQUESTS, SYSTEM, TOKENS, Answer, Figure, chosen, figure
-from tests.bench.serve_sides import BF16, INT8, bare, engine, ours, running, servers, told
+from tests.bench.serve_sides import bare, engine, ours, running, servers, told
 
 ROUNDS = 2
 PLAIN = "transformers serve"
@@ -173,9 +178,9 @@ def figures(found: Figures) -> Table:
 
 
 def rows() -> list[Row]:
-    """For `tests.bench`: of the fastest engine that is installed."""
+    """For `tests.bench`: of our fastest engine that is installed."""
     found = measure()
-    side = BF16 if BF16 in ours() else INT8
+    side = max(ours(), key=lambda name: found[name][16].tokens)
     return [row for row in bars(found) if row.what.startswith(side)]
 
 

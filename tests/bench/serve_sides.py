@@ -87,7 +87,9 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRUNKLINE_EVENTS": str(log.with_suffix(".sqlite"))}
+    hub = log.parent / "hub"  # without one, `transformers serve` answers /v1/models with a 500
+    hub.mkdir(exist_ok=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub), "TRUNKLINE_EVENTS": str(log.with_suffix(".sqlite"))}
     with log.open("w") as out:
         server = subprocess.Popen([word.format(port=port) for word in command], stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -99,6 +101,8 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
                 pass
             assert server.poll() is None, log.read_text()[-3000:]
             time.sleep(0.2)
+        else:
+            raise AssertionError(f"{command[0]} does not answer: {log.read_text()[-3000:]}")
         yield url, server.pid
     finally:
         server.terminate()
