@@ -15,7 +15,7 @@ from stages.serve.admission import AIM, Full
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.jobs import Job
 from stages.serve.scheduler import Scheduler
-from stages.serve.slots import Slots
+from stages.serve.slots import NEAR, PATIENCE, Slots
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
 from tests.served import endless, model
@@ -109,10 +109,10 @@ def test_a_batch_holds_so_many_tokens_and_one_answer_at_least(engine: Engine) ->
     assert [len(one.tokens) for one in (*jobs, long)] == [40] * 5 + [400]
 
 
-def test_a_batch_is_as_large_as_is_encoded_in_a_third_of_the_time_for_a_first_token(engine: Engine) -> None:
+def test_a_batch_is_as_large_as_lets_a_latecomer_have_its_first_token_in_time(engine: Engine) -> None:
     size = len(job(engine).prompt)
     for fit in (1, 2, 3):
-        made = Spied(engine, pace=AIM * 60 / 3 / (size * (fit + 0.5)), first_token=60)
+        made = Spied(engine, pace=AIM * 60 / (PATIENCE + 2) / (size * (fit + 0.5)), first_token=60)
         made.gate.clear()
         jobs = [job(engine, count=1) for _ in range(6)]
         made.submit(jobs)
@@ -120,6 +120,23 @@ def test_a_batch_is_as_large_as_is_encoded_in_a_third_of_the_time_for_a_first_to
         wait(*jobs)
         made.close()
         assert [len(batch) for batch in made.batches] == [fit] * (6 // fit)
+
+
+def test_a_batch_holds_who_waited_longest_and_answers_of_its_length(engine: Engine) -> None:
+    made = Spied(engine, batch=8)
+    made.gate.clear()
+    texts = ["where", "where " * (NEAR + 4), "where is", "where " * 2, "where " * (NEAR + 3), "where " * (NEAR + 4)]
+    first, longer, near, nearest, *_ = jobs = [job(engine, text, count=1) for text in texts]
+    blocking = job(engine, count=1)
+    made.submit([blocking])
+    while made.waiting:
+        time.sleep(0.001)
+    made.submit(jobs)
+    made.gate.set()
+    wait(blocking, *jobs)
+    made.close()
+    assert len(longer.prompt) - len(first.prompt) > NEAR >= max(len(near.prompt), len(nearest.prompt)) - len(first.prompt)
+    assert [[jobs.index(one) for one in batch] for batch in made.batches[1:]] == [[0, *sorted((2, 3), key=lambda i: len(jobs[i].prompt))], [1, 5, 4]]
 
 
 def test_a_latecomer_does_not_wait_for_a_long_batch_to_end(engine: Engine, scheduler: Spied) -> None:
@@ -132,7 +149,8 @@ def test_a_latecomer_does_not_wait_for_a_long_batch_to_end(engine: Engine, sched
     wait(late)
     assert all(one.reason is None for one in long), "it waited for the end"
     wait(*long)
-    assert scheduler.batches[0] == long and late in scheduler.batches[1] and set(long) <= set(scheduler.batches[1]), "they go on together"
+    assert scheduler.batches[0] == long and scheduler.batches[1] == [late], "the others have grown too long for its batch"
+    assert scheduler.batches[2] == long, "they go on together"
     assert [len(one.tokens) for one in long] == [400, 400]
     assert late.text.text == engine.generate([late.prompt], late.sampling)[0].text
 

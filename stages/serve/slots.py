@@ -4,15 +4,27 @@ There are `slots` slots, each a thread that runs one batch of the engine at a ti
 first come first served, up to `batch`, and up to the tokens that there is `room` for: the engine holds keys and values of each, on ctranslate2 138 KB a token
 for SmolLM2-135M, and keeps the memory of the largest batches that it had. Requests that arrive within GATHER of each other start together.
 
-Latecomers. A batch is ended early when somebody waits and no slot is free: all its
-answers go to the end of the queue with the tokens that they have, and the next batch holds the latecomer and those of them that fit. They
-have to be encoded again, and so a batch is left alone until its steps have cost as much as that does (`Turn.earned`): at worst half of the
-work is encoding, and a latecomer waits for a few dozen tokens and never for a long answer to end. Measured without HTTP on SmolLM2-135M, eight
-streams of answers of about 25 tokens after prompts of 58, two slots: 86 tokens for each second of processor time and at worst 1.8 s to a first
-token, against 117 and 4.0 s when a batch is never ended early; with 16 streams 146 and 4.0 s, against 175 and 3.7 s at four times the patience.
+Lengths. ctranslate2 encodes a batch's prompts together as far as the shortest goes, and the rest of a longer one a token a step, as if it were generated. So
+a batch holds answers of about one length (NEAR): who has waited longest, and those nearest to it.
 
-So at worst a latecomer waits until a batch is encoded, for as much again, and until its own is encoded. A batch is therefore only so large that three times
-its encoding, at the pace of late, is what may be expected until a first token (`Admission.aim`).
+Latecomers. A batch is ended early when somebody waits and no slot is free: all its answers go to the end of the queue with the tokens that they have, and the
+next batch holds the latecomer and those of them that fit. They have to be encoded again, and so a batch is left alone until its steps have cost PATIENCE
+times as much as that does (`Turn.earned`): at worst a fifth of the work is encoding again, and a latecomer never waits for a long answer to end. It waits until
+a batch is encoded, for PATIENCE times as much, and until its own is encoded. A batch is therefore only so large that all of it, at the pace of late, is what
+may be expected until a first token (`Admission.aim`).
+
+Measured without HTTP on SmolLM2-135M (`tests.bench.serve_ours … bare`), two slots on two cores, answers of about 25 tokens after prompts of 37 to 75, two runs
+each; tokens a second, and the longest seconds to a first token:
+
+    NEAR, PATIENCE    8 streams          16 streams         32 streams
+    any, 1            157, 159  0.4      168, 165  2.4      192, 134  4.9
+    0, 1              131, 126  0.3      151, 154  0.7      166, 163  1.5
+    4, 1              161, 169  0.4      185, 186  0.9      225, 205  3.1
+    8, 1              172, 164  0.3      187, 203  1.0      246, 255  2.1
+    16, 1             166, 179  0.6      173, 157  1.6      223, 208  2.5
+    8, 2              185, 201  0.4      207, 233  1.2      226, 252  2.2
+    8, 4              210, 211  0.7      244, 260  1.6      241, 264  2.2
+    8, never early    216, 234  0.6      256, 253  1.7      245, 229  2.1
 
 Steered answers take turns of one draft each, alone in their slot: what a seed gives does not depend on who else asks.
 """
@@ -39,7 +51,17 @@ STEP, ROW = 14, 1
 """Cost of a decoding step, and of each answer in it, in tokens that are encoded: on SmolLM2-135M in int8 on one thread a step takes 15.5 ms for one
 answer, 23 for eight and 32 for sixteen, and encoding takes 0.9 to 1.3 ms a token."""
 
+NEAR = 8
+"""Most tokens by which an answer of a batch is longer or shorter than the one that has waited longest."""
+PATIENCE = 4
+"""How many times what its encoding costs a batch is left alone for."""
+
 log = logging.getLogger(__name__)
+
+
+def _apart(one: Job, other: Job) -> int:
+    """How much longer one of them is than the other, in tokens."""
+    return abs(len(one.prompt) + len(one.tokens) - len(other.prompt) - len(other.tokens))
 
 
 @dataclass(eq=False)
@@ -51,8 +73,8 @@ class Turn:
     """What its steps have cost."""
 
     def earned(self, kept: int) -> bool:
-        """Whether it has cost as much as it takes to encode its answers again; `kept`: tokens of a prompt that are never encoded again."""
-        return self.spent >= sum(len(job.prompt) + len(job.tokens) - kept for job in self.jobs if job.reason is None)
+        """Whether it has cost PATIENCE times what it takes to encode its answers again; `kept`: tokens of a prompt that are never encoded again."""
+        return self.spent >= PATIENCE * sum(len(job.prompt) + len(job.tokens) - kept for job in self.jobs if job.reason is None)
 
 
 class Slots:
@@ -102,7 +124,8 @@ class Slots:
             return []
         first = waiting[0]
         same = [first] if first.steering else [job for job in waiting if job.steering is None and job.key() == first.key()]
-        chosen = same[: min(self._batch, self._fitting(same), -(-len(same) // (self.threads - self._busy)))]
+        near = sorted((job for job in same if _apart(job, first) <= NEAR), key=lambda job: _apart(job, first))
+        chosen = near[: min(self._batch, self._fitting(near), -(-len(same) // (self.threads - self._busy)))]
         for job in chosen:
             waiting.remove(job)
             job.begin()
@@ -110,7 +133,7 @@ class Slots:
 
     def _fitting(self, jobs: Sequence[Job]) -> int:
         """How many of the first fit into a batch: there is room for what they may come to, and they are encoded in time. One alone is always taken."""
-        most = self._queue.admission.aim / 3 / self._pace if self._pace else math.inf
+        most = self._queue.admission.aim / (PATIENCE + 2) / self._pace if self._pace else math.inf
         rooms, encoded = accumulate(len(job.prompt) + job.sampling.max_tokens for job in jobs), accumulate(map(self._fresh, jobs))
         return max(sum(room <= self._room and tokens <= most for room, tokens in zip(rooms, encoded, strict=True)), 1)
 
