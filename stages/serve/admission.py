@@ -22,8 +22,8 @@ RISE, FALL = 1 / 8, 1 / 64
 ALONE = 0.02
 """How much less is believed in what all wait for, whoever is before them: where the answers say nothing of it, all of the time is that of the others."""
 AIM = 0.55
-"""Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.7 gave a
-first token within 5.8 s (99th percentile) and 6.1 answers a second, 0.55 within 4.5 s and 6.4, where 5 s is the aim (`python -m tests.bench.load`).
+"""Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.55 gives a
+first token within 4.9 s (99th percentile), where 5 is the aim (`python -m tests.bench.load`).
 Whoever has waited for less of it is not turned away again."""
 THREADS = 2
 """In which requests are made ready: more of them would take turns at Python's lock, and the event loop, which turns requests away, would wait for it."""
