@@ -21,7 +21,7 @@ RISE, FALL = 1 / 8, 1 / 64
 """Weights of a cost that is above, and below, the one that is believed."""
 ALONE = 0.02
 """How much less is believed in what all wait for, whoever is before them: where the answers say nothing of it, all of the time is that of the others."""
-AIM = 0.55
+AIM = 0.5
 """Share of the time that may be expected: what comes is spread around it. At ten times the load that the default model holds, on two idle cores, 0.55 gives a
 first token within 4.9 s (99th percentile), where 5 is the aim (`python -m tests.bench.load`).
 Whoever has waited for less of it is not turned away again."""

@@ -11,12 +11,11 @@ that the server counts in `usage`, where it says, else its chunks, and none of a
 What was tried, on two cores of a Xeon with AVX-512 and without AMX:
 - llama.cpp steps in 15 ms for one answer in bfloat16, as its own `llama-batched-bench` does, and took 36 where another thread of the process had called it
   before: OpenMP keeps a team for each, and lets more threads than processors sleep at every wait. So the kept prefix is encoded by a thread that ends.
-- ctranslate2's step takes 3 ms and 4.9 for each answer, of 80 tokens so far, where encoding takes 0.6 to 1.2 ms a token: it copies an answer's keys and values
-  (138 KB a token) into the next step's. So two slots of 1, 2, 4, 8 and 16 answers give 219, 196, 252, 324 and 298 tokens a second when none ends before the
-  others, and no batch is large enough for the bar of eight times `transformers serve`. Packed products (CT2_USE_EXPERIMENTAL_PACKED_GEMM) change nothing,
-  oneDNN in the place of MKL is slower (126 to 297), CT2_FORCE_CPU_ISA=AVX512 lies within the noise.
-- A batch that is left alone for 1, 2, 4 times the seconds of its encoding, or for ever (`Slots`), 8 streams: 146, 126, 120 and 168 tokens a second; 16: 122,
-  130, 154, 152. The longest wait for a first token grows from 2.3 to 3.5 s; what it gains lies within the noise.
+- ctranslate2 encodes the prompts of a batch together as far as the shortest goes, and the rest of a longer one a token a step, where a step costs 3 ms and 4.9
+  for each answer (it copies their keys and values, 138 KB a token) and encoding 0.6 to 1.2 ms a token. Two slots of 4, 8 and 16 answers each give 254, 315 and
+  322 tokens a second with messages as they come, and 376, 401 and 430 with equally long ones. `stages.serve.slots` has what that led to.
+- For ctranslate2, packed products (CT2_USE_EXPERIMENTAL_PACKED_GEMM) and CT2_FORCE_CPU_ISA=AVX512 change nothing beyond the noise, and oneDNN in the place of
+  MKL is slower: 126 to 297 tokens a second of two slots of 1 to 16 answers, against 196 to 324.
 """
 
 from __future__ import annotations
