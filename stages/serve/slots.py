@@ -59,11 +59,6 @@ PATIENCE = 4
 log = logging.getLogger(__name__)
 
 
-def _apart(one: Job, other: Job) -> int:
-    """How much longer one of them is than the other, in tokens."""
-    return abs(len(one.prompt) + len(one.tokens) - len(other.prompt) - len(other.tokens))
-
-
 @dataclass(eq=False)
 class Turn:
     """One batch at work."""
@@ -124,7 +119,8 @@ class Slots:
             return []
         first = waiting[0]
         same = [first] if first.steering else [job for job in waiting if job.steering is None and job.key() == first.key()]
-        near = sorted((job for job in same if _apart(job, first) <= NEAR), key=lambda job: _apart(job, first))
+        apart = sorted(((abs(self._fresh(job) - self._fresh(first)), job) for job in same), key=lambda pair: pair[0])
+        near = [job for distance, job in apart if distance <= NEAR]
         chosen = near[: min(self._batch, self._fitting(near), -(-len(same) // (self.threads - self._busy)))]
         for job in chosen:
             waiting.remove(job)
