@@ -216,6 +216,19 @@ def test_what_another_machine_ran_is_restored_from_the_remote(toy: Toy, tmp_path
     assert toy.log.read_text() == ""
 
 
+def test_what_a_killed_dvc_left_in_the_run_cache_is_no_run(toy: Toy, tmp_path: Path) -> None:
+    toy.repro()
+    toy.set({**toy.values, "b": 6})
+    toy.repro()
+    for entry in (toy.folder / ".dvc/cache/runs").glob("*/*/*"):
+        entry.with_name(".cut.tmp").write_bytes(entry.read_bytes().partition(b"outs:")[0])
+    remote(toy, tmp_path / "remote")
+    toy.set({**toy.values, "b": 4})
+    assert told(look(toy), "restored") == set("bde")
+    shutil.rmtree(toy.folder / ".dvc/cache/runs")
+    assert told(look(toy), "restored") == set("bde"), "the remote's, where the half ones were pushed too"
+
+
 def test_a_remote_that_cannot_be_asked_is_told_and_the_plan_is_made(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     toy.repro()
     toy.dvc("remote", "add", "--default", "store", "s3://nowhere/x")

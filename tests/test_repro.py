@@ -104,6 +104,24 @@ def test_half_a_list_of_locks_is_mended(checkout: Path) -> None:
     assert ".dvc/tmp/rwlock was half-written" in said
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own cache", "shared cache"])
+def test_half_an_entry_of_the_run_cache_is_mended(checkout: Path, tmp_path: Path, shared: bool) -> None:
+    cache = tmp_path / ("elsewhere" if shared else ".dvc/cache")
+    if shared:
+        run(checkout, "dvc", "cache", "dir", str(cache))
+    run(checkout, "dvc", "repro")
+    for entry in [path for path in (cache / "runs").glob("*/*/*")]:
+        whole = entry.read_bytes()
+        entry.with_name(".cut.tmp").write_bytes(whole[: whole.index(b"outs:")])
+    (checkout / "dvc.lock").unlink()
+    assert "ERROR: failed to reproduce 'one': 'outs'" in run(checkout, "dvc", "repro")[1], "DVC passes it over by now: then there is nothing to mend"
+    code, said = run(checkout, *OURS)
+    assert code == 0
+    assert said.count(".cut.tmp was half-written when DVC was killed") == 2
+    assert said.count("is cached - skipping run") == 2
+    assert not list((cache / "runs").glob("*/*/*.tmp"))
+
+
 def test_a_killed_process_whose_number_another_one_has_holds_nothing(checkout: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
     entry = {"pid": other.pid, "cmd": "/nowhere/bin/dvc repro"}

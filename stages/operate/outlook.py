@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from conf.errors import DataError
 from stages.operate.differences import ABSENT, Difference, differences
 from stages.operate.remote_runs import Runs, remote_runs
+from stages.operate.run_cache import is_entry
 
 if TYPE_CHECKING:
     from dvc.dependency.param import ParamsDependency
@@ -201,7 +202,7 @@ class _Walk:
         if stage.always_changed or any(out.persist for out in stage.outs) or not all(dep.hash_info for dep in stage.deps):
             return False  # DVC keeps such a stage out of the run-cache
         key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
-        found = sorted((self.runs / key[:2] / key).glob("*"), key=lambda path: path.stat().st_mtime)
+        found = sorted((path for path in (self.runs / key[:2] / key).glob("*") if is_entry(path.name)), key=lambda path: path.stat().st_mtime)
         entry = self.repo.stage_cache._load_cache(key, found[-1].name) if found else None
         if entry is None and (texts := self.far.get(key)):
             entry = parse_yaml(texts[-1], key)
@@ -258,7 +259,7 @@ class _Walk:
 
     def entries(self) -> Iterator[str]:
         """Every entry of the run-cache, here and on the remote."""
-        yield from (path.read_text(encoding="utf-8") for path in self.runs.glob("*/*/*") if path.is_file())
+        yield from (path.read_text(encoding="utf-8") for path in self.runs.glob("*/*/*") if is_entry(path.name))
         for texts in self.far.values():
             yield from texts
 

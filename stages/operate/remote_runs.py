@@ -9,6 +9,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from conf.errors import DataError
+from stages.operate.run_cache import is_entry
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -54,7 +55,7 @@ def _read(repo: Repo, here: Path) -> Runs:
     runs = store.fs.join(store.path, "runs")
     if not store.fs.exists(runs):
         return {}
-    paths = [path for path in store.fs.find(runs) if not here.joinpath(*store.fs.parts(path)[-3:]).exists()]
+    paths = [path for path in store.fs.find(runs) if is_entry(store.fs.name(path)) and not here.joinpath(*store.fs.parts(path)[-3:]).exists()]
     found: Runs = {}
     for path, text in zip(paths, store.fs.cat_ranges(paths, None, None) if paths else (), strict=True):
         found.setdefault(store.fs.name(store.fs.parent(path)), []).append(bytes(text).decode())

@@ -1,9 +1,10 @@
 """`trunkline repro`: `dvc repro`, one at a time in a checkout, after a killed one too.
 
-DVC refuses a second `dvc repro`: while a stage runs it names the process that is in the way, between two stages (hashing, caching)
-it says only that there is one. This waits for it instead, and says for whom. DVC writes dvc.lock and its list of locks in place, so
-that a kill in that moment leaves half of one, which no later `dvc repro` can read: this removes it. Nothing is lost with it; what was
-done is in the cache. Its stages are forked from a warm parent, `stages.operate.warm`; the bytes are those of a plain `dvc repro`.
+DVC refuses a second `dvc repro`: while a stage runs it names the process that is in the way, between two stages (hashing, caching) it says
+only that there is one. This waits for it instead, and says for whom. DVC writes dvc.lock and its list of locks in place, and takes what it
+was writing of its run-cache for an entry, so that a kill in that moment leaves half of one, which no later `dvc repro` can read: this
+removes it. Nothing is lost with it; what was done is in the cache, or is done again. Its stages are forked from a warm parent,
+`stages.operate.warm`; the bytes are those of a plain `dvc repro`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from conf.errors import ConfigError, DataError
 from stages.files import read_json, remove
 from stages.intact import cached, md5, read_yaml, recorded
+from stages.operate.run_cache import unfinished
 from stages.run import WORK
 
 LOCK, LOCKS, OURS = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock"), WORK / "repro.lock"
@@ -78,6 +80,8 @@ def mend() -> list[str]:
             whole = False
         if not whole:
             found.append(RECORD)
+    if Path(".dvc/config").exists():
+        found += unfinished()
     for path in found:
         remove(path)
     return [str(path) for path in found]
@@ -127,7 +131,7 @@ def repro(arguments: list[str]) -> None:
     os.write(own, str(os.getpid()).encode())
     os.set_inheritable(own, True)  # dvc holds it as long as it lives, and its stages do not
     for path in mend():
-        sys.stderr.write(f"{path} was half-written when DVC was killed, and is removed: what was done comes from the cache\n")
+        sys.stderr.write(f"{path} was half-written when DVC was killed, and is removed: what was done comes from the cache, or is done again\n")
     if "--allow-missing" in arguments:
         put_away_parts()
     os.environ["PYTHONHASHSEED"] = "0"  # or each stage would start twice
