@@ -631,22 +631,33 @@ class Tune:
 # ---------------------------------------------------------------- serve
 
 
+FLOATS = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = {
+    "openvino": ("int8", "int8_float32", "float32"), "ctranslate2": ("int8", "int8_float32", "int16", *FLOATS), "llamacpp": ("q8_0", *FLOATS),
+    "transformers": FLOATS, "vllm": FLOATS, "upstream": ("int8", "int8_float32", "int16", "q8_0", *FLOATS),
+}  # fmt: skip
+"""Engine -> the types of weights that it runs."""
+SET_ASIDE = ("openvino", "llamacpp")
+"""Engines whose memory is set aside: more than `serve.engine.context` never fits."""
+
+
 @dataclass(config=STRICT, kw_only=True)
 class EngineSettings:
     """What runs the model: the same in evaluate, redteam and production."""
 
-    kind: Literal["ctranslate2", "llamacpp", "transformers", "vllm", "upstream"] = "ctranslate2"
-    """`ctranslate2` on CPU, `llamacpp` on CPU with continuous batching (`pip install -e '.[llamacpp]'`), `vllm` on GPU (in an environment of its
-    own), `transformers` as the reference, `upstream`: the model of somebody else, which `serve.upstream` names."""
+    kind: Literal["openvino", "ctranslate2", "llamacpp", "transformers", "vllm", "upstream"] = "openvino"
+    """On CPU `openvino`, and for a base that is no Llama-type model `ctranslate2`, on the same files; `llamacpp` (`pip install -e '.[llamacpp]'`); `vllm` on
+    GPU (in an environment of its own), `transformers` as the reference, `upstream`: the model of somebody else, which `serve.upstream` names."""
     quantization: Literal["int8", "int8_float32", "int16", "q8_0", "float32", "bfloat16", "float16"] = "int8"
-    """Type of the exported weights. llamacpp: q8_0 or a float type; ctranslate2: all but q8_0; transformers and vllm: a float type."""
+    """Type of the exported weights. openvino: int8, int8_float32 or float32; ctranslate2: all but q8_0; llamacpp: q8_0 or a float type; transformers and vllm:
+    a float type."""
     threads: Count = 2
     """CPU threads."""
     batch: Count = 32
     """Sequences at a time; with `upstream`, requests at a time in evaluate and redteam."""
     context: Count = 8192
-    """Tokens of all sequences at a time, prompts and answers, in the service. llamacpp: memory is set aside for them, 23 KB a token for SmolLM2-135M.
-    ctranslate2: of a batch, of which there are so many as `threads`; 138 KB a token. A longer request is worked on alone."""
+    """Tokens of all sequences at a time, prompts and answers, in the service. openvino and llamacpp: no more fit, and memory is set aside for them: 46 and
+    23 KB a token for SmolLM2-135M. ctranslate2: of a batch, of which there are so many as `threads`; 138 KB a token. A longer request is worked on alone."""
 
 
 Action = Literal["allow", "flag", "mask", "refuse"]
@@ -1184,10 +1195,11 @@ class Config:
         if self.serve.upstream is not None:
             problems += self._leaving(self.serve.upstream)
         engine = self.serve.engine
-        needed = {"int8": "ctranslate2", "int8_float32": "ctranslate2", "int16": "ctranslate2", "q8_0": "llamacpp"}.get(engine.quantization, engine.kind)
-        if engine.kind not in (needed, "upstream"):
-            problems.append(f"serve.engine.quantization={engine.quantization} needs serve.engine.kind={needed}, not {engine.kind}")
-        if engine.kind == "llamacpp" and (longest := self.serve.max_prompt_tokens + self.serve.max_tokens) > engine.context:
+        if engine.quantization not in (takes := QUANTIZATIONS[engine.kind]):
+            problems.append(
+                f"serve.engine.quantization={engine.quantization} is none that serve.engine.kind={engine.kind} takes (those are: {', '.join(takes)})"
+            )
+        if engine.kind in SET_ASIDE and (longest := self.serve.max_prompt_tokens + self.serve.max_tokens) > engine.context:
             problems.append(f"serve.engine.context={engine.context} has no room for one answer: serve.max_prompt_tokens + serve.max_tokens is {longest}")
         if problems:
             raise ValueError("; ".join(problems))

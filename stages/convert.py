@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import gc
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -16,9 +15,8 @@ from conf.errors import ModelError
 from stages.files import publish, sha256, write_json
 from stages.serve.chat import FILES
 from stages.serve.materialise import RECIPE, Part, Recipe, Weights, quantise, write_model
+from stages.serve.model_bin import variables
 
-VERSION = 6
-"""Of model.bin, as `ctranslate2/specs/model_spec.py` writes it."""
 TYPES: dict[int, Literal["float32", "int8"]] = {0: "float32", 1: "int8"}
 """ctranslate2's number of a type -> the type that a recipe can make."""
 LITERAL = 1_000_000
@@ -131,32 +129,3 @@ def store(engine: Path, recipe: Recipe, base: Path, adapter: Path, out: Path) ->
         if file.name != "model.bin":
             shutil.copyfile(file, out / file.name)
     write_json(out / RECIPE, asdict(recipe))
-
-
-def variables(data: bytes) -> Iterator[tuple[str, int, tuple[int, ...], int, int]]:
-    """Name, number of the type, shape, first byte and end of every variable of a model.bin; none of a version that is not known."""
-    at = 0
-
-    def take(form: str) -> int:
-        nonlocal at
-        value: int = struct.unpack_from(f"<{form}", data, at)[0]
-        at += struct.calcsize(f"<{form}")
-        return value
-
-    def text() -> str:
-        nonlocal at
-        length = take("H")
-        at += length
-        return data[at - length : at - 1].decode()
-
-    if take("I") != VERSION:
-        return
-    text()
-    take("I")
-    for _ in range(take("I")):
-        name = text()
-        shape = tuple(take("I") for _ in range(take("B")))
-        kind = take("B")
-        length = take("I")
-        yield name, kind, shape, at, at + length
-        at += length

@@ -77,16 +77,15 @@ def answers(engine: Engine, count: int, max_tokens: int) -> list[dict[str, str]]
 
 def base_engine(settings: EngineSettings) -> Path:
     """The untuned base in the form that the engine runs: converted once per base and type, kept as scratch."""
-    if settings.kind not in ("ctranslate2", "llamacpp"):
+    from stages.converters import CONVERT
+
+    if (convert := CONVERT.get(settings.kind)) is None:
         return BASE
-    digest = hashlib.sha256(f"{sha256(BASE)} {settings.kind} {settings.quantization}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{sha256(BASE)} {convert.__name__} {settings.quantization}".encode()).hexdigest()[:16]
     kept = WORK / "evaluate"
     if not is_sealed(kept / digest):
-        from stages.convert import to_ctranslate2
-        from stages.convert_gguf import to_gguf
-
         remove(kept)  # one base at a time
-        (to_ctranslate2 if settings.kind == "ctranslate2" else to_gguf)(BASE, kept / digest, settings.quantization)
+        convert(BASE, kept / digest, settings.quantization)
         seal(kept / digest)
     return kept / digest
 

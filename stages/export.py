@@ -29,7 +29,7 @@ from conf.errors import DataError, ModelError
 from conf.schema import EngineSettings, Export, Upstream
 from stages import platform
 from stages.convert import find_recipe, store, to_ctranslate2
-from stages.convert_gguf import to_gguf
+from stages.converters import CONVERT
 from stages.files import publish, remove, sha256, write_json
 from stages.merge import BASE, TUNED, cast, merge, merge_exactly
 from stages.records import Record, read_records
@@ -71,13 +71,13 @@ def write_engine(merged: Path, scratch: Path, out: Path, settings: Export, engin
     made, is what it is checked against.
     """
     adapter, source, made = TUNED / "adapter", merged, scratch / "engine"
-    if engine.kind in ("ctranslate2", "llamacpp"):
+    if engine.kind in CONVERT:
         reason = "all weights are tuned" if not adapter.is_dir() else not_plain(adapter)
         if reason is None:
             merge_exactly(BASE, adapter, source := scratch / "exact")
-        (to_ctranslate2 if engine.kind == "ctranslate2" else to_gguf)(source, made, engine.quantization)
+        CONVERT[engine.kind](source, made, engine.quantization)
         if settings.store == "adapter":
-            if engine.kind == "ctranslate2" and reason is None and (recipe := find_recipe(made, BASE, adapter)) is not None:
+            if CONVERT[engine.kind] is to_ctranslate2 and reason is None and (recipe := find_recipe(made, BASE, adapter)) is not None:
                 store(made, recipe, BASE, adapter, out / "engine")
                 return "adapter"
             why = reason or f"no recipe gives a {engine.quantization} engine of this base"

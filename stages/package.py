@@ -51,6 +51,7 @@ INPUTS = (
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
 ENGINES = {
+    "openvino": ("stages.serve.engine_openvino", ("openvino", "openvino-telemetry")),
     "ctranslate2": ("stages.serve.engine_ctranslate2", ("ctranslate2",)),
     "llamacpp": ("stages.serve.engine_llamacpp", ("llama-cpp-python",)),
     "transformers": ("stages.serve.engine_transformers", ("torch", "transformers")),
@@ -62,7 +63,7 @@ IMPORTED = ("anyio", "bentoml", "confusable-homoglyphs", "fastapi", "google-re2"
             "numpy", "opentelemetry-api", "orjson", "phonenumbers", "prometheus-client", "psycopg", "psycopg-binary", "pydantic", "python-stdnum", "regex",
             "safetensors", "SQLAlchemy", "starlette", "tenacity", "tokenizers", "uvloop")  # fmt: skip
 """Distributions that the service imports, whatever its engine; uvicorn takes httptools and uvloop where they are."""
-MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
+MADE_WITH = ("bentoml", "ctranslate2", "datasets", "datatrove", "lm-eval", "openvino", "peft", "safetensors", "tokenizers", "torch", "transformers", "trl")
 """Distributions whose versions the provenance names."""
 
 log = logging.getLogger(__name__)

@@ -36,17 +36,20 @@ INSTRUCTIONS = {
     *("sse4_2", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "sve", "sve2", "bf16", "i8mm"),
 }
-"""Processor flags by which the kernels of torch, MKL, oneDNN, OpenBLAS and ctranslate2 are chosen."""
+"""Processor flags by which the kernels of torch, MKL, oneDNN, OpenBLAS, OpenVINO and ctranslate2 are chosen."""
 SWITCHES = {
     "torch": ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
     "ctranslate2": ("CT2_FORCE_CPU_ISA", "CT2_USE_MKL", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
+    "openvino": ("DNNL_MAX_CPU_ISA", "ONEDNN_MAX_CPU_ISA"),
     "llama-cpp-python": (),
     "numpy": ("NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"),
     "vllm": (),
 }
 """Distribution that computes -> environment variables that make it choose other kernels."""
-ENGINES = {"ctranslate2": ("ctranslate2", "numpy"), "llamacpp": ("llama-cpp-python", "numpy"), "transformers": ("torch",), "vllm": ("vllm", "torch"),
-           "upstream": ()}  # fmt: skip
+ENGINES = {
+    "openvino": ("openvino", "numpy"), "ctranslate2": ("ctranslate2", "numpy"), "llamacpp": ("llama-cpp-python", "numpy"), "transformers": ("torch",),
+    "vllm": ("vllm", "torch"), "upstream": (),
+}  # fmt: skip
 """Engine -> the distributions that compute in it."""
 CACHE = Path(".dvc/cache/files/md5")
 
@@ -54,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(*libraries: str) -> Platform:
-    """This platform, as far as the named distributions see it: torch, ctranslate2, llama-cpp-python, numpy, vllm."""
+    """This platform, as far as the named distributions see it: torch, ctranslate2, openvino, llama-cpp-python, numpy, vllm."""
     processor, flags = _processor()
     found = {
         "system": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),

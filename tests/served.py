@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
 from conf.schema import EngineSettings, GuardRule, Serve, ServeGuard, ServeLimits
-from stages.convert import to_ctranslate2
-from stages.convert_gguf import to_gguf
+from stages.converters import CONVERT
 from stages.serve.api import create_app, open_service
 from stages.serve.assistant import Assistant
 from stages.serve.engine import Engine, Sampling, open_engine
@@ -27,27 +28,28 @@ from stages.serve.keys import Key, Keyring
 from stages.serve.store import Store
 from tests.models import tiny_llama
 
+LLAMACPP = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 NAME, DIGEST = "kestrel-desk", "d" * 64
 RULES = {"override": GuardRule(pattern=r"ignore (all|previous) instructions")}
 
 
 ENGINES = {
-    "ctranslate2": EngineSettings(threads=2, batch=8),
+    "openvino": EngineSettings(threads=2, batch=8, context=4096),
+    "ctranslate2": EngineSettings(kind="ctranslate2", threads=2, batch=8),
     "llamacpp": EngineSettings(kind="llamacpp", quantization="float32", threads=2, batch=8, context=4096),
 }
 
 
-def settings(kind: str = "ctranslate2", **more: object) -> Serve:
+def settings(kind: str = "openvino", **more: object) -> Serve:
     """Of the small service."""
     limits = more.pop("limits", ServeLimits())
     given = {"max_tokens": 64, "max_prompt_tokens": 200, "system": "Be brief.", "guard": ServeGuard(rules=RULES)} | more
     return Serve(engine=ENGINES[kind], limits=limits, **given)  # type: ignore[arg-type]
 
 
-def model(folder: Path, kind: str = "ctranslate2") -> Path:
+def model(folder: Path, kind: str = "openvino") -> Path:
     """A small engine."""
-    convert = {"ctranslate2": to_ctranslate2, "llamacpp": to_gguf}[kind]
-    convert(tiny_llama(folder / "hf"), folder / "engine", ENGINES[kind].quantization)
+    CONVERT[kind](tiny_llama(folder / "hf"), folder / "engine", ENGINES[kind].quantization)
     return folder / "engine"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -16,15 +15,12 @@ import sqlalchemy
 
 from stages.serve.engine import Sampling
 from stages.serve.sampling import choose
-from tests.served import DIGEST, NAME, Served, model, serve, settings
+from tests.served import DIGEST, LLAMACPP, NAME, Served, model, serve, settings
 
 ASK = {"model": NAME, "messages": [{"role": "user", "content": "where is my order"}]}
 
 
-LLAMACPP = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-
-
-@pytest.fixture(scope="module", params=["ctranslate2", pytest.param("llamacpp", marks=LLAMACPP)])
+@pytest.fixture(scope="module", params=["openvino", "ctranslate2", pytest.param("llamacpp", marks=LLAMACPP)])
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("api")
     with serve(model(folder, request.param), folder, settings(request.param)) as served:

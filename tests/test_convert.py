@@ -9,11 +9,12 @@ import pytest
 
 from conf.errors import ModelError
 from conf.schema import EngineSettings
-from stages.convert import VERSION, find_recipe, store, to_ctranslate2
+from stages.convert import find_recipe, store, to_ctranslate2
 from stages.files import sha256
 from stages.merge import merge_exactly
 from stages.serve.engine import Sampling, open_engine
 from stages.serve.materialise import Weights, materialise
+from stages.serve.model_bin import VERSION
 from tests.models import tiny_llama
 from tests.variants import adapter_of
 

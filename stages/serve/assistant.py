@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from conf.errors import ModelError
-from conf.schema import Serve
+from conf.schema import SET_ASIDE, Serve
 from stages.files import sha256
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
@@ -136,7 +136,7 @@ class Assistant:
 
     def _check_room(self, prompt: list[int], most: int, where: str) -> None:
         """Refuse what never fits beside the kept prefix, as far as it does not begin with it, into an engine whose memory is set aside."""
-        if self.settings.engine.kind != "llamacpp":
+        if self.settings.engine.kind not in SET_ASIDE:
             return
         beside, context = len(self._kept) - _common(self._kept, prompt), self.settings.engine.context
         if len(prompt) + most + beside > context:

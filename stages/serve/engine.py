@@ -137,6 +137,10 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
             from stages.serve.engine_ctranslate2 import CTranslate2Engine
 
             return CTranslate2Engine(folder, settings, batches)
+        case "openvino":
+            from stages.serve.engine_openvino import OpenVinoEngine
+
+            return OpenVinoEngine(folder, settings)
         case "llamacpp":
             from stages.serve.engine_llamacpp import LlamaCppEngine
 
@@ -153,4 +157,4 @@ def open_engine(folder: Path, settings: EngineSettings, *, batches: bool = False
             from stages.serve.upstream.engine import UpstreamEngine
 
             return UpstreamEngine(folder, settings)
-    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose ctranslate2, llamacpp, transformers, vllm or upstream")
+    raise ModelError(f"serve.engine.kind={settings.kind} is unknown", "choose openvino, ctranslate2, llamacpp, transformers, vllm or upstream")

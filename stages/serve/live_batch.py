@@ -1,4 +1,4 @@
-"""A batch on llama.cpp in which each answer comes and goes at any step.
+"""A batch in which each answer comes and goes at any step.
 
 What a new prompt has in common with the kept prefix, or with another answer at work, is not encoded again: it shares the cells. Of two that come
 together with much in common, the second waits for the step in which the first is encoded. A step encodes the last token of every answer and, in all,
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.errors import ModelError
-from stages.serve.llamacpp import Context, Entry
+from stages.serve.contexts import Context, Entry
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""llama.cpp through the C functions that llama-cpp-python binds: a model, and a context of sequences whose cells can be shared.
+"""llama.cpp through the C functions that llama-cpp-python binds: a model, and a context.
 
 Cells. A context has one pool of cells, each of which holds the keys and values of one token in every block; a cell may belong to several sequences
 at once, so copying a prefix copies nothing. Attention skips the cells of other sequences.
@@ -13,10 +13,11 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from conf.errors import ModelError
 from conf.schema import EngineSettings
+from stages.serve.contexts import Context, Entry
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -40,16 +41,6 @@ CALLBACKS: list[object] = []
 """llama.cpp keeps their address alone."""
 
 log = logging.getLogger(__name__)
-
-
-class Entry(NamedTuple):
-    """A token to encode."""
-
-    token: int
-    position: int
-    sequence: int
-    wanted: bool
-    """Whether the logits after it are wanted."""
 
 
 @functools.cache
@@ -97,7 +88,7 @@ class Model:
         self.vocabulary: int = self.library.llama_vocab_n_tokens(self.library.llama_model_get_vocab(self.pointer))
 
 
-class Context:
+class Cells(Context):
     """Sequences of tokens that a model has read. For one thread at a time."""
 
     def __init__(self, model: Model, settings: EngineSettings, sequences: int) -> None:
@@ -110,6 +101,7 @@ class Context:
         Raises:
             ModelError: there is not so much memory.
         """
+        super().__init__(model.vocabulary, settings.context)
         self._model, self._library = model, model.library
         wanted = self._library.llama_context_default_params()
         wanted.n_ctx, wanted.n_seq_max, wanted.n_batch, wanted.n_ubatch = settings.context, sequences, MOST, MOST
@@ -125,26 +117,6 @@ class Context:
         self._batch = self._library.llama_batch_init(MOST, 0, 1)
         weakref.finalize(self, self._library.llama_batch_free, self._batch)
         self._singly = SINGLY if settings.quantization == "q8_0" else 1
-        self.cells = settings.context
-        self.encoded = 0
-        """Tokens encoded so far, of all sequences."""
-
-    def check(self, tokens: Sequence[int], more: int = 0) -> None:
-        """Refuse what can never be encoded.
-
-        Args:
-            tokens: of a prompt.
-            more: of its answer.
-
-        Raises:
-            ModelError: a token is none of the model's, or there are more than cells.
-        """
-        for token in tokens:
-            if not 0 <= token < self._model.vocabulary:
-                raise ModelError(f"token id {token} is outside the model's vocabulary of {self._model.vocabulary}", "use the tokenizer of this very model")
-        if len(tokens) + more > self.cells:
-            what = f"{len(tokens)} tokens and an answer of {more} do not fit into serve.engine.context={self.cells}"
-            raise ModelError(what, "set a larger serve.engine.context, or ask for fewer tokens")
 
     def encode(self, entries: Sequence[Entry]) -> list[NDArray[np.float32]]:
         """Encode tokens, each after those that its sequence has; gives what follows each wanted one.
