@@ -34,7 +34,7 @@ RULES = {"override": GuardRule(pattern=r"ignore (all|previous) instructions")}
 
 
 ENGINES = {
-    "openvino": EngineSettings(threads=2, batch=8, context=4096),
+    "openvino": EngineSettings(threads=2, batch=8, context=2**17),
     "ctranslate2": EngineSettings(kind="ctranslate2", threads=2, batch=8),
     "llamacpp": EngineSettings(kind="llamacpp", quantization="float32", threads=2, batch=8, context=4096),
 }

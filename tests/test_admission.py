@@ -138,10 +138,11 @@ def test_a_queue_turns_away_what_is_late_and_nothing_that_was_begun() -> None:
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[tuple[Served, str]]:
     """A service whose engine does nothing before it is told to, and a key of two requests a minute."""
-    wanted = settings(limits=ServeLimits(waiting=64, first_token_seconds=0.5))
+    wanted = settings("ctranslate2", limits=ServeLimits(waiting=64, first_token_seconds=0.5))  # whose work can be held
     secret, entry = make("few", ["answer"], None)
     engine = model(tmp_path)
     with serve(engine, tmp_path, wanted, [Key(**(entry | {"requests_per_minute": 2, "tokens_per_minute": 10_000}))]) as served:  # type: ignore[arg-type]
+        time.sleep(max(0.0, time.time() % 60 - 45) and 60 - time.time() % 60)  # a budget counts less and less of the minute before this one
         yield served, secret
 
 

@@ -236,7 +236,7 @@ def test_errors_name_the_file(tmp_path: Path, hf: Path) -> None:
         (tmp_path / name).write_text("{}")
     (tmp_path / "tokenizer.json").write_bytes((hf / "tokenizer.json").read_bytes())
     with pytest.raises(ModelError, match="does not load"):
-        open_engine(tmp_path, EngineSettings())
+        open_engine(tmp_path, EngineSettings(kind="ctranslate2"))
 
 
 def test_a_foreign_token_is_refused(engine: CTranslate2Engine) -> None:

@@ -235,7 +235,7 @@ def test_what_is_too_long_is_refused_before_the_guard_reads_it(engine: Path, tmp
 
 
 def test_what_does_not_fit_beside_the_kept_prefix_is_refused_by_name(engine: Path) -> None:
-    """Into an engine whose memory is set aside; tests/test_engine_llamacpp.py asks the engine itself."""
+    """Into an engine whose memory is set aside; tests/test_context_engine.py asks the engine itself."""
     turns = [{"role": "system", "content": "Sing."}, {"role": "user", "content": "where is it"}]
     asked = ChatRequest.model_validate({"model": NAME, "messages": turns, "max_tokens": 20})
 

