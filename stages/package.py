@@ -51,7 +51,7 @@ INPUTS = (
 OUT = Path("models/package")
 SERVICE = "stages.serve.service"
 ENGINES = {
-    "openvino": ("stages.serve.engine_openvino", ("openvino", "openvino-telemetry")),
+    "openvino": ("stages.serve.engine_openvino", ("openvino",)),
     "ctranslate2": ("stages.serve.engine_ctranslate2", ("ctranslate2",)),
     "llamacpp": ("stages.serve.engine_llamacpp", ("llama-cpp-python",)),
     "transformers": ("stages.serve.engine_transformers", ("torch", "transformers")),

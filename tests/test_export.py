@@ -15,7 +15,7 @@ import pytest
 
 from conf.errors import DataError, ModelError
 from conf.schema import EngineSettings, Export
-from stages import export
+from stages.converters import CONVERT
 from stages.export import Comparison, compare, conversation, distances, hold, main
 from stages.files import read_json, sha256, write_json, write_jsonl
 from stages.merge import merge
@@ -107,7 +107,8 @@ def test_the_engine_itself_is_stored_on_demand_and_is_the_same_one(repository: P
 
 
 @pytest.mark.parametrize(
-    ("lora", "engine", "reason"), [({"use_dora": True}, {}, "use_dora=True"), ({}, {"quantization": "int16"}, "no recipe gives a int16 engine")]
+    ("lora", "engine", "reason"),
+    [({"use_dora": True}, {}, "use_dora=True"), ({}, {"kind": "ctranslate2", "quantization": "int16"}, "no recipe gives a int16 engine")],
 )
 def test_what_has_no_recipe_is_stored_whole_and_said(
     repository: Path, caplog: pytest.LogCaptureFixture, lora: dict[str, object], engine: dict[str, object], reason: str
@@ -157,9 +158,9 @@ def test_a_bad_export_is_held_and_not_published(repository: Path) -> None:
 
 def test_a_damaged_engine_is_seen(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine of another model: what a wrong file would do."""
-    real = export.to_ctranslate2
+    real = CONVERT["openvino"]
     tiny_llama(Path("other"), seed=9)
-    monkeypatch.setattr(export, "to_ctranslate2", lambda _, out, quantization: real(Path("other"), out, quantization))
+    monkeypatch.setitem(CONVERT, "openvino", lambda _, out, quantization: real(Path("other"), out, quantization))
     with pytest.raises(ModelError, match=r"export\.min_agreement is 0\.5"):
         main()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
@@ -18,6 +18,7 @@ from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
 from stages.files import write_json
 from stages.serve.contexts import Entry
+from stages.serve.engine import Sampling
 from stages.serve.engine_ctranslate2 import CTranslate2Engine
 from stages.serve.engine_openvino import OpenVinoEngine
 from stages.serve.engine_transformers import TransformersEngine
@@ -25,7 +26,7 @@ from stages.serve.llama_graph import PAGE, Llama
 from stages.serve.model_bin import tensors
 from stages.serve.openvino import Pages, library
 from stages.serve.scoring import log_softmax
-from tests.engines import PROMPT
+from tests.engines import PROMPT, prompts, requests
 from tests.models import tiny_llama
 
 SETTINGS = EngineSettings(quantization="float32", threads=1, batch=4, context=512)
@@ -113,6 +114,8 @@ STEPS = st.lists(
 
 @hypothesis(max_examples=25, deadline=None)
 @given(steps=STEPS)
+@example(steps=[("encode", 0, 0, 38), ("share", 1, 0, 36), ("encode", 1, 0, 4), ("encode", 0, 0, 9), ("encode", 1, 0, 3)])
+@example(steps=[("encode", 0, 0, 38), ("share", 1, 0, 39), ("forget", 0, 0, 35), ("encode", 0, 0, 4), ("encode", 1, 0, 3)])
 def test_whatever_is_shared_or_forgotten_each_sequence_reads_its_own_tokens(engine: OpenVinoEngine, steps: list[Step]) -> None:
     pages = Pages(engine._model, SETTINGS, 4)
     total, known = len(pages._free), [list[int]() for _ in range(4)]
@@ -136,6 +139,15 @@ def test_whatever_is_shared_or_forgotten_each_sequence_reads_its_own_tokens(engi
     for sequence in range(4):
         pages.forget(sequence)
     assert sorted(pages._free) == list(range(total))
+
+
+def test_the_bits_are_the_same_whatever_the_threads(hf: Path, engine: OpenVinoEngine) -> None:
+    to_ctranslate2(hf, hf.parent / "int8", "int8")
+    one, three = (OpenVinoEngine(hf.parent / "int8", EngineSettings(threads=threads, batch=4, context=512)) for threads in (1, 3))
+    for prompt in prompts(engine):
+        assert np.array_equal(one.logprobs(prompt), three.logprobs(prompt))
+    assert one.score(requests(engine)) == three.score(requests(engine))
+    assert one.generate(prompts(engine), Sampling(max_tokens=8)) == three.generate(prompts(engine), Sampling(max_tokens=8))
 
 
 # ------------------------------------------------------------ privacy

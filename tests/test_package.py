@@ -123,7 +123,7 @@ def test_the_bento_holds_what_it_needs_and_no_more() -> None:
     src = packaged() / "models/package/src"
     assert sha256(src / "engine") == read_json(src / "serve.json")["digest"] == read_json(packaged() / "models/gate/verdict.json")["digest"]
     modules = {path.relative_to(src).as_posix() for path in src.rglob("*.py")}
-    assert "stages/serve/engine_ctranslate2.py" in modules and "stages/serve/guard/guard.py" in modules
+    assert "stages/serve/engine_openvino.py" in modules and "stages/serve/guard/guard.py" in modules
     assert not modules & {"stages/package.py", "stages/serve/engine_transformers.py", "stages/serve/engine_vllm.py", "conf/yaml.py", "stages/run.py"}
     assert not list(src.rglob("params.yaml")) and not list(src.rglob("__pycache__"))
     for path in (packaged() / "models/package").rglob("*"):

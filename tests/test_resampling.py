@@ -103,7 +103,7 @@ def test_the_power_that_is_stated_is_the_power_that_it_has(rows: int, margin: fl
     ("groups", "size", "even", "likeness"),
     [
         (200, 10, True, 0.4),
-        (1000, 3, False, 0.4),
+        pytest.param(1000, 3, False, 0.4, marks=pytest.mark.slow),
         pytest.param(200, 10, True, 0.0, marks=pytest.mark.slow),
         pytest.param(1000, 3, True, 1.0, marks=pytest.mark.slow),
         pytest.param(1000, 3, False, 0.1, marks=pytest.mark.slow),

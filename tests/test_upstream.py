@@ -282,7 +282,7 @@ def test_a_cut_stream_ends_in_an_error(client: openai.OpenAI, recorder: Recorder
 def test_who_goes_away_closes_the_connection_to_the_upstream(service: Served, recorder: Recorder, upstream: tuple[Recorder, Path]) -> None:
     asked = {key: value for key, value in ASK.items() if key != "extra_headers"}
     for stream in (False, True):
-        recorder.then()
+        recorder.then(Odd(stall=1.0) if stream else Odd(delay=1.0))
         body = asked | {"max_tokens": 200, "temperature": 1, "n": 8, "seed": 1, "stream": stream}
         with httpx.Client(timeout=0.3) as hasty:
             try:

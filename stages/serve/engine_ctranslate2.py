@@ -1,4 +1,4 @@
-"""The CPU engine: ctranslate2, int8 by default.
+"""ctranslate2 on a CPU, for a base that is no Llama-type model: `stages.serve.openvino` is faster on those.
 
 Batches. Who has many batches (evaluate, redteam, the service) opens the engine with `batches`: each is worked on by one thread, so many at a
 time as there are threads. No thread waits for another within a matrix, and the bits are the same (a test compares them).

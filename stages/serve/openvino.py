@@ -2,7 +2,8 @@
 
 A page holds PAGE tokens of one sequence, and may belong to several: who goes on in a page that others have too takes a copy of it.
 Weights in int8 are multiplied by values in int8, with a scale for each GROUP of them; all else is float32, keys and values too, so that the answers
-do not depend on whether a processor has bfloat16.
+do not depend on whether a processor has bfloat16. The bits are the same for any number of threads; what else is in a batch may reach the last of them (of 40
+answers of 30 tokens by the tuned SmolLM2-135M, 4 become others when each is made alone).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ and writes slices, answers and the model's digest.
 
 The int8 difference is on more rows, which only ours is asked: McNemar's exact test, two-sided, for each phrasing.
 
-What was profiled and tried (SmolLM2-135M, int8, 64 prompts of the desk with 37 to 89 tokens, 12 tokens of answer each, two cores that others
+What was profiled and tried on ctranslate2 (SmolLM2-135M, int8, 64 prompts of the desk with 37 to 89 tokens, 12 tokens of answer each, two cores that others
 used too):
 
 * Helped: a batch for each thread rather than all threads in one batch, 2.8 to 4.8 s against 4.5 to 6.2 s, in three rounds in turn. Two threads in
@@ -113,7 +113,7 @@ def weights() -> tuple[Path, str]:
 
 
 def engine(safetensors: Path, quantization: Kind) -> Path:
-    """The weights as ctranslate2 runs them; converted once."""
+    """The weights as the CPU engines run them; converted once."""
     folder = (WORK / "bench" / "engine" / sha256(safetensors)[:16] / quantization).resolve()
     if not folder.exists():
         to_ctranslate2(safetensors, folder, quantization)
@@ -283,10 +283,10 @@ def rows(count: int = ROWS, rounds: int = 1, more: int = PAIRED) -> list[Row]:
             remove(here / "ours" / f"out-{kind}")
             first, *others = commands(tasks)
             spent = theirs(here / "theirs", model, first, size)
-            spent_ours[kind].append(ours(here / "ours", engines[kind], tasks, replace(threads, kind="ctranslate2", quantization=kind)))
+            spent_ours[kind].append(ours(here / "ours", engines[kind], tasks, replace(threads, quantization=kind)))
             spent_theirs[size].append(sum((theirs(here / "theirs", model, command, size) for command in others), spent))
     for kind in TYPES:
-        ours(here / "paired", engines[kind], limited(settings, more), replace(threads, kind="ctranslate2", quantization=kind))
+        ours(here / "paired", engines[kind], limited(settings, more), replace(threads, quantization=kind))
     exact = read_ours(here / "ours" / "out-float32")
     found = []
     for size in SIZES:

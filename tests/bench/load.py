@@ -194,7 +194,7 @@ def measure(model: str) -> tuple[float, Figure, Figure]:
     texts = [next(m["content"] for m in row["messages"] if m["role"] == "user") for row in read_jsonl(Path("data/preprocess/test.jsonl"))]
     with tempfile.TemporaryDirectory() as scratch:
         engine = ENGINE if model == "default" else small(Path(scratch))
-        with running([sys.executable, "-m", "tests.bench.serve_ours", "ctranslate2", "int8", str(engine), "{port}"], Path(scratch) / "log") as (url, server):
+        with running([sys.executable, "-m", "tests.bench.serve_ours", "openvino", "int8", str(engine), "{port}"], Path(scratch) / "log") as (url, server):
             side = Side(url=url, server=server, texts=texts, tokens=TOKENS[model])
             most = uvloop.run(streams(side, seconds))
             sys.stderr.write(f"{model}: {STREAMS} streams get {most:.1f} answers a second\n")
