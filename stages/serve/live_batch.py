@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-CHUNK = 192
-"""Most tokens of new prompts in a step."""
+CHUNK = 96
+"""Most tokens of new prompts in a step. Sixteen that come together to OpenVINO wait 0.33 s for their first word with 96, and 0.38 with 192."""
 ALIKE = 16
 """Tokens in common with a prompt of the same step for which it is worth waiting."""
 PREFIX = 0

@@ -64,6 +64,8 @@ class Llama:
         self.heads, self.kv_heads = int(tensors["decoder/num_heads"]), int(tensors["decoder/layer_0/self_attention/num_heads_kv"])
         self.vocabulary, self.width = tensors["decoder/embeddings/weight"].shape
         self.size = self.width // self.heads
+        self.widths = {values.shape[1] for values in tensors.values() if values.ndim == 2}
+        """Columns of the matrices."""
         self.layers = sum(name.endswith("/ffn/linear_0/weight") for name in tensors)
         self._shared: dict[str, Node] = {}
 

@@ -1,7 +1,7 @@
 """OpenVINO on a CPU: a model, and a context of sequences whose keys and values lie in pages.
 
 A page holds PAGE tokens of one sequence, and may belong to several: who goes on in a page that others have too takes a copy of it.
-Weights in int8 are multiplied by values in int8, with a scale for each GROUP of them; all else is float32, keys and values too, so that the answers
+Weights in int8 are multiplied by values in int8, with a scale for each group of them; all else is float32, keys and values too, so that the answers
 do not depend on whether a processor has bfloat16. The bits are the same for any number of threads; what else is in a batch may reach the last of them (of 40
 answers of 30 tokens by the tuned SmolLM2-135M, 4 become others when each is made alone).
 """
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FILES = ("model.bin", "config.json")
-GROUP = 32
-"""Values that share a scale. In SmolLM2-135M, whose widths are multiples of it, the logits are no further from those of the float32 model than without."""
+GROUPS = (64, 32)
+"""How many values may share a scale: the first that divides the width of every matrix, else all stay float32. `tests.bench.serve` has what it is worth."""
 
 
 @functools.cache
@@ -69,9 +69,10 @@ class Model:
         self.vocabulary: int = llama.vocabulary
         self.shape = (llama.kv_heads, PAGE, llama.size)
         """Of a page."""
+        group = next((group for group in GROUPS if not any(width % group for width in llama.widths)), 0)
         wanted = {
             "INFERENCE_NUM_THREADS": settings.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False,
-            "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+            "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
         }  # fmt: skip
         try:
             self.compiled = self.library.Core().compile_model(llama.write(), "CPU", wanted)
