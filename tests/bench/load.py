@@ -9,11 +9,9 @@ earlier ones have been answered, as those of many users do, and each is streamed
 or fails and the 99th percentile of the time to the first token is within the SLO (`serve.limits.first_token_seconds`). A failure is anything but a whole answer,
 and a 429 with Retry-After. The generator shares the machine with the service.
 
-Memory grows at first, and then stays: it is the keys and values of the answers at work, 138 KB a token for the default model on ctranslate2, of which malloc keeps
-what the largest batches so far needed. With the untuned base in the default model's place, on a machine that others used, and batches not yet bounded, the service had
-68 MiB allocated by malloc and 414 resident after its start, with 21 answers of 1,411 tokens at work 352
-and 739, then between 170 and 260 and, for the last minute of ten times the load, 699 to 700. `serve.engine.context` bounds it: `threads` batches of 8,192 tokens
-are 2.2 GiB. `tests/test_soak.py` looks for what a request leaves behind.
+Memory grows at first, and then stays: it is the keys and values of the answers at work, 46 KB a token for the default model, of which the process keeps as many
+pages as it ever used at a time; `serve.engine.context` bounds them, 378 MB for its 8,192 tokens. The default's process had 774 MB after the first rates, and
+between 867 and 916 MB while it held what it can and ten times that. `tests/test_soak.py` looks for what a request leaves behind.
 """
 
 from __future__ import annotations
