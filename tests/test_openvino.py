@@ -47,8 +47,16 @@ def engine(folder: Path) -> OpenVinoEngine:
 
 
 @pytest.mark.parametrize("quantization", ["float32", "int8"])
-@pytest.mark.parametrize(("more", "model_type"), [({}, "llama"), ({"attention_bias": True, "mlp_bias": True}, "llama"), ({}, "qwen2")])
-def test_biases_and_a_tied_head(tmp_path: Path, more: dict[str, bool], model_type: str, quantization: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "model_type"),
+    [
+        ({"attention_bias": True, "mlp_bias": True}, "llama"),
+        ({"num_key_value_heads": 4, "tie_word_embeddings": False}, "llama"),
+        ({}, "qwen2"),
+        ({"head_dim": 16}, "qwen3"),
+    ],
+)
+def test_models_of_this_type(tmp_path: Path, more: dict[str, int], model_type: str, quantization: str) -> None:
     """As of the reference, and in 8 bits as near to it as ctranslate2 is, or nearer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,8 +66,8 @@ def test_biases_and_a_tied_head(tmp_path: Path, more: dict[str, bool], model_typ
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
     for name, values in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(values)
+        if name.endswith(("bias", "_norm.weight")):
+            torch.nn.init.normal_(values, mean=1.0)
     model.save_pretrained(hf)
     to_ctranslate2(hf, tmp_path / "engine", quantization)
     reference = TransformersEngine(hf, EngineSettings(kind="transformers", quantization="float32", threads=1))
@@ -75,9 +83,10 @@ def test_biases_and_a_tied_head(tmp_path: Path, more: dict[str, bool], model_typ
     [
         ({"decoder/activation": np.int8(0)}, r"decoder/activation is 0; for OpenVINO it must be 2"),
         ({"decoder/layer_1/self_attention/sliding_window": np.int32(64)}, r"sliding_window is 64; for OpenVINO it is not known"),
+        ({"decoder/layer_1/self_attention/rotary_dim": np.int32(4)}, r"rotary_dim is 4; for OpenVINO it must be 0"),
         ({"decoder/num_heads": None}, r"model\.bin has no decoder/num_heads"),
         ({"decoder/layer_1/ffn/linear_1/weight": None}, r"model\.bin has no decoder/layer_1/ffn/linear_1/weight"),
-        ({"decoder/layer_0/self_attention/q_norm/gamma": np.ones(8, np.float32)}, r"model\.bin has decoder/layer_0/self_attention/q_norm/gamma"),
+        ({"decoder/layer_0/post_attention_layer_norm/gamma": np.ones(32, np.float32)}, r"model\.bin has decoder/layer_0/post_attention_layer_norm/gamma"),
         ({"decoder/layer_0/ffn/linear_0/weight": np.ones((64, 32), np.int16)}, r"linear_0/weight is of type int16; OpenVINO gets int8 or float32"),
     ],
 )

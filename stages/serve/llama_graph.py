@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 PAGE = 32
 """Tokens of a page, as the CPU plugin wants it."""
 SCALARS: dict[str, tuple[float, ...]] = {
-    "activation": (2,), "alibi": (0,), "pre_norm": (1,), "scale_embeddings": (0,), "start_from_zero_embedding": (0,), "rotary_dim": (0,),
+    "activation": (2,), "alibi": (0,), "pre_norm": (1,), "scale_embeddings": (0,), "start_from_zero_embedding": (0,),
     "rotary_interleave": (0,), "alibi_use_positive_positions": (0, 1), "alignment_heads": (0, 1), "alignment_layer": (-1,), "scale_alibi": (0, 1),
 }  # fmt: skip
-"""Numbers of the architecture, and the values with which the model is what is written here (activation 2 is SiLU; rotary_dim 0 is the whole head)."""
-READ = {"num_heads", "num_heads_kv", "rotary_base"}
+"""Numbers of the architecture, and the values with which the model is what is written here (activation 2 is SiLU)."""
+READ = {"num_heads", "num_heads_kv", "head_dim", "rotary_base"}
 """Numbers of the architecture that are taken as they are."""
+FIRST = "decoder/layer_0/self_attention"
+"""Where the numbers of every block are read."""
 REMEDY = "set serve: ctranslate2, or choose another base"
 
 
@@ -60,29 +62,26 @@ class Llama:
         self._openvino, self.op = openvino, openvino.opset15
         self._tensors, self._epsilon = tensors, np.float32(epsilon)
         self._used: set[str] = set()
+        self.heads = int(self._scalar("decoder/num_heads"))
+        self.kv_heads = int(self._scalar(f"{FIRST}/num_heads_kv", self.heads))
+        self.vocabulary, width = self._take("decoder/embeddings/weight").shape
+        self.size = int(self._scalar(f"{FIRST}/head_dim", width // self.heads))
         self._check()
-        self.heads, self.kv_heads = int(tensors["decoder/num_heads"]), int(tensors["decoder/layer_0/self_attention/num_heads_kv"])
-        self.vocabulary, self.width = tensors["decoder/embeddings/weight"].shape
-        self.size = self.width // self.heads
         self.widths = {values.shape[1] for values in tensors.values() if values.ndim == 2}
         """Columns of the matrices."""
         self.layers = sum(name.endswith("/ffn/linear_0/weight") for name in tensors)
         self._shared: dict[str, Node] = {}
 
     def _check(self) -> None:
+        accepted = SCALARS | {"rotary_dim": (0, self.size)}  # 0: the whole head
         for name, values in self._tensors.items():
             last = name.rpartition("/")[2]
-            if values.shape == () and last not in READ and float(values) not in SCALARS.get(last, ()):
-                wanted = f"must be {SCALARS[last][0]:g}" if last in SCALARS else "is not known"
+            if values.shape == () and last not in READ and float(values) not in accepted.get(last, ()):
+                wanted = f"must be {accepted[last][0]:g}" if last in accepted else "is not known"
                 raise ModelError(f"{name} is {float(values):g}; for OpenVINO it {wanted}", REMEDY)
-        for name in (
-            "decoder/num_heads",
-            "decoder/embeddings/weight",
-            "decoder/layer_0/self_attention/num_heads_kv",
-            "decoder/layer_0/self_attention/rotary_base",
-        ):
-            if name not in self._tensors:
-                raise ModelError(f"model.bin has no {name}, which a Llama-type model has", REMEDY)
+
+    def _scalar(self, name: str, otherwise: float | None = None) -> float:
+        return float(self._take(name)) if otherwise is None or name in self._tensors else otherwise
 
     def _take(self, name: str) -> NDArray[Any]:
         if name not in self._tensors:
@@ -121,16 +120,17 @@ class Llama:
 
     def _angles(self, positions: Node) -> tuple[Node, Node]:
         """Cosine and sine of each position: shape (tokens, 1, 1, head size)."""
-        op, base = self.op, np.float32(self._take("decoder/layer_0/self_attention/rotary_base"))
+        op, base = self.op, np.float32(self._scalar(f"{FIRST}/rotary_base"))
         frequencies = np.float32(1) / base ** (np.arange(0, self.size, 2, dtype=np.float32) / np.float32(self.size))
         half = op.multiply(op.unsqueeze(op.convert(positions, "f32"), self._numbers(2)), self._constant(frequencies[None, None]))
         whole = op.concat([half, half], -1)
         return op.unsqueeze(op.cos(whole), self._numbers(1)), op.unsqueeze(op.sin(whole), self._numbers(1))
 
-    def _turned(self, x: Node, heads: int, angles: tuple[Node, Node]) -> Node:
-        """Queries or keys by their position: (tokens, 1, heads * size) -> (tokens, heads * size)."""
+    def _turned(self, x: Node, heads: int, norm: str, angles: tuple[Node, Node]) -> Node:
+        """Queries or keys, normed where the model does so, by their position: (tokens, 1, heads * size) -> (tokens, heads * size)."""
         op, half, order = self.op, self.size // 2, self._numbers(0, 2, 1, 3)
-        x = op.transpose(op.reshape(x, self._numbers(0, 0, heads, self.size), True), order)
+        x = op.reshape(x, self._numbers(0, 0, heads, self.size), True)
+        x = op.transpose(self._norm(x, norm) if f"{norm}/gamma" in self._tensors else x, order)
         first = op.slice(x, self._numbers(0), self._numbers(half), self._numbers(1), self._numbers(3))
         second = op.slice(x, self._numbers(half), self._numbers(2**31 - 1), self._numbers(1), self._numbers(3))
         across = op.concat([op.multiply(second, self._constant(np.float32(-1))), first], -1)
@@ -146,7 +146,7 @@ class Llama:
         whole, real, none = (self._constant(np.zeros(0, kind)) for kind in (np.int32, np.float32, np.uint8))
         zero = self._constant(np.int32(0))
         given: list[Any] = [
-            self._turned(query, heads, angles), self._turned(key, kv_heads, angles), self._flat(value, kv_heads), *caches,
+            self._turned(query, heads, f"{name}/q_norm", angles), self._turned(key, kv_heads, f"{name}/k_norm", angles), self._flat(value, kv_heads), *caches,
             *(inputs[part] for part in ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")),
             self._constant(np.float32(self.size**-0.5)),
             zero, real, inputs["max_context_len"],  # no sliding window, no alibi
