@@ -107,6 +107,8 @@ def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="of another version than 6"):
         tensors(tmp_path / "model.bin")
     write_json(tmp_path / "config.json", {})
+    with pytest.raises(ModelError, match=r"config\.json: layer_norm_epsilon is None, and must be a number"):
+        OpenVinoEngine(tmp_path, SETTINGS)
     (tmp_path / "model.bin").unlink()
     with pytest.raises(ModelError, match=r"model\.bin is missing"):
         OpenVinoEngine(tmp_path, SETTINGS)

@@ -64,8 +64,10 @@ class Model:
         for name in FILES:
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing", "run `dvc repro export`, or `dvc pull`")
+        if not isinstance(epsilon := read_json(folder / "config.json").get("layer_norm_epsilon"), float):
+            raise ModelError(f"{folder / 'config.json'}: layer_norm_epsilon is {epsilon!r}, and must be a number", "run `dvc repro export`, or `dvc pull`")
         self.library = library()
-        llama = Llama(self.library, tensors(folder / "model.bin"), read_json(folder / "config.json")["layer_norm_epsilon"])
+        llama = Llama(self.library, tensors(folder / "model.bin"), epsilon)
         self.vocabulary: int = llama.vocabulary
         self.shape = (llama.kv_heads, PAGE, llama.size)
         """Of a page."""
