@@ -47,7 +47,7 @@ from tests.served import DIGEST, NAME, RULES, model, settings, until_ready
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 64
-"""It holds 24: two batches of 8, and 8 in the queue."""
+"""It holds 16: a batch of 8, and 8 in the queue."""
 AGAIN = 0.2
 """Seconds after which a client that was turned away comes again: a small part of what it is asked to wait for."""
 WARM, ROUNDS, EACH = 16, 24, 500
