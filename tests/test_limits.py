@@ -117,7 +117,7 @@ def test_keys_come_from_a_file_or_the_environment_and_mistakes_are_named(tmp_pat
 
 
 def test_overload_is_shed_and_what_is_admitted_is_answered_in_time(engine: Path, tmp_path: Path) -> None:
-    """It holds 24: two batches of 8, and 8 in the queue. It gets 240 at a time."""
+    """It holds 16: a batch of 8, and 8 in the queue. It gets 240 at a time."""
     with process(engine, tmp_path, os.environ, waiting=8) as (url, server):
         memory, found, waits = [], Counter[int](), []
 

@@ -66,7 +66,7 @@ def test_the_distribution_is_what_drawing_would_find(kind: str) -> None:
     ("groups", "size", "even"),
     [
         (100, 5, True),
-        (50, 10, False),
+        pytest.param(50, 10, False, marks=pytest.mark.slow),
         pytest.param(25, 20, True, marks=pytest.mark.slow),
         pytest.param(200, 10, True, marks=pytest.mark.slow),
         pytest.param(250, 2, False, marks=pytest.mark.slow),
