@@ -100,7 +100,7 @@ def test_what_is_no_plain_llama_is_refused_by_name(folder: Path, change: dict[st
 def test_a_damaged_file_is_named(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "model.bin").read_bytes()
     for at in (0, 3, 40, 4_000, len(whole) // 2, len(whole) - 3):
-        (tmp_path / "model.bin").write_bytes(whole[:at] or b" ")
+        (tmp_path / "model.bin").write_bytes(whole[:at])
         with pytest.raises(ModelError, match=r"model\.bin is (cut short or damaged|of another version)"):
             tensors(tmp_path / "model.bin")
     (tmp_path / "model.bin").write_bytes((7).to_bytes(4, "little") + whole[4:])

@@ -83,9 +83,9 @@ def tensors(file: Path) -> dict[str, NDArray[Any]]:
     """
     import numpy as np
 
-    with file.open("rb") as opened:
-        reader = Reader(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     try:
+        with file.open("rb") as opened:
+            reader = Reader(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))  # a ValueError where it is empty
         found = {
             one.name: np.frombuffer(reader.data, TYPES[one.kind], count=(one.end - one.start) // np.dtype(TYPES[one.kind]).itemsize, offset=one.start)
             .reshape(one.shape)
