@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from stages.serve.engine import Engine
+from stages.serve.engine import Engine, Sampling
 
 PROMPT = "<|im_start|>user\nwhere is my order<|im_end|>\n<|im_start|>assistant\n"
 
@@ -28,3 +28,15 @@ def requests(engine: Engine) -> list[tuple[list[int], list[list[int]]]]:
 def prompts(engine: Engine) -> list[list[int]]:
     texts = ["hello", "where is my order", "a", "cancel my order please now", "refund", "size of the tent", "hello"]
     return [engine.chat.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+
+
+def decoded_in_part(engine: Engine, asked: list[list[int]]) -> list[list[int]]:
+    """What `decode` tells of each prompt when the first is ended after two tokens, the second after three, and so on."""
+    told: list[list[int]] = [[] for _ in asked]
+
+    def on_token(index: int, token: int) -> bool:
+        told[index].append(token)
+        return len(told[index]) == index + 2
+
+    engine.decode(asked, Sampling(max_tokens=12), on_token)
+    return told

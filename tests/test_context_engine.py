@@ -31,7 +31,7 @@ from stages.serve.scheduler import Scheduler
 from stages.serve.scoring import log_softmax
 from stages.serve.steering import Steering
 from stages.serve.wire import ChatRequest
-from tests.engines import PROMPT, prompts, requests
+from tests.engines import PROMPT, decoded_in_part, prompts, requests
 from tests.served import LLAMACPP, endless, settings
 from tests.test_scheduler import job, wait
 
@@ -42,8 +42,8 @@ FILE = {"openvino": "model.bin", "llamacpp": "model.gguf"}
 
 def opened(folder: Path, quantization: str = "float32", **more: int) -> ContextEngine:
     settings = {"threads": 1, "batch": 4, "context": 1024} | more
-    kind = next(kind for kind, file in FILE.items() if file == "model.gguf" or (folder / file).exists())
-    return open_engine(folder, EngineSettings(kind=kind, quantization=quantization, **settings))  # type: ignore[arg-type, return-value]
+    kind = "openvino" if (folder / FILE["openvino"]).exists() else "llamacpp"
+    return open_engine(folder, EngineSettings(kind=kind, quantization=quantization, **settings))
 
 
 @pytest.fixture(scope="module", params=["openvino", pytest.param("llamacpp", marks=LLAMACPP)])
@@ -103,15 +103,8 @@ def test_each_prompt_ends_by_itself_with_or_without_a_kept_prefix(engine: Contex
     asked = prompts(engine)
     whole = [answer.tokens for answer in engine.generate(asked, Sampling(max_tokens=12))]
     for kept in ([], asked[0][:3], engine.chat.encode("<|im_start|>user\n")):
-        told: list[list[int]] = [[] for _ in asked]
-
-        def on_token(index: int, token: int, told: list[list[int]] = told) -> bool:
-            told[index].append(token)
-            return len(told[index]) == index + 2
-
         engine.keep(kept)
-        engine.decode(asked, Sampling(max_tokens=12), on_token)
-        assert told == [tokens[: i + 2] for i, tokens in enumerate(whole)], kept
+        assert decoded_in_part(engine, asked) == [tokens[: i + 2] for i, tokens in enumerate(whole)], kept
     engine.keep([])
 
 
@@ -126,7 +119,7 @@ def test_what_cannot_be_asked_is_refused(engine: ContextEngine, folder: Path, ki
     with pytest.raises(ModelError, match=r"5 tokens and an answer of 1020 do not fit into serve\.engine\.context=1024"):
         engine.generate([[1] * 5], Sampling(max_tokens=1020))
     with pytest.raises(ModelError, match=rf"{re.escape(FILE[kind])} is missing"):
-        open_engine(tmp_path, EngineSettings(kind=kind, quantization="float32"))  # type: ignore[arg-type]
+        open_engine(tmp_path, EngineSettings(kind=kind, quantization="float32"))
     shutil.copytree(folder, damaged := tmp_path / "damaged")
     (damaged / FILE[kind]).write_bytes((folder / FILE[kind]).read_bytes()[:20_000])
     with pytest.raises(ModelError, match=rf"{re.escape(FILE[kind])} (does not load|is cut short or damaged)"):

@@ -20,7 +20,7 @@ from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
 from stages.serve.scoring import forced_is_cheaper, log_softmax
 from stages.serve.text import TextStream, cut
-from tests.engines import PROMPT, prompts, requests
+from tests.engines import PROMPT, decoded_in_part, prompts, requests
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +107,8 @@ def test_decoding_tells_every_token_and_ends_each_prompt_by_itself(engine: CTran
     asked = prompts(engine)
     whole = [answer.tokens for answer in engine.generate(asked, Sampling(max_tokens=12))]
     for who, kept in ((engine, []), (engine, asked[0][:3]), (engine, engine.chat.encode("<|im_start|>user\n")), (reference, [])):
-        told: list[list[int]] = [[] for _ in asked]
-
-        def on_token(index: int, token: int, told: list[list[int]] = told) -> bool:
-            told[index].append(token)
-            return len(told[index]) == index + 2
-
         who.keep(kept)
-        who.decode(asked, Sampling(max_tokens=12), on_token)
-        assert told == [tokens[: i + 2] for i, tokens in enumerate(whole)], kept
+        assert decoded_in_part(who, asked) == [tokens[: i + 2] for i, tokens in enumerate(whole)], kept
     engine.keep([])
 
 
