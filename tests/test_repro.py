@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 
-from stages.operate.repro import alive
+from stages.operate.repro import alive, is_whole
 from tests.conftest import ROOT
 
 PIPELINE = """
@@ -81,17 +83,39 @@ def test_its_arguments_and_exit_code_are_those_of_dvc(checkout: Path) -> None:
     assert run(checkout, *OURS)[0] == run(checkout, "dvc", "repro")[0] != 0
 
 
-def test_half_a_lock_file_is_mended_and_what_was_done_is_not_done_again(checkout: Path) -> None:
+@pytest.mark.parametrize(("cut", "dvc_says"), [(b"outs", "is invalid"), (b"- path:", "validation failed"), (b"size: ", "validation failed")])
+def test_half_a_lock_file_is_mended_and_what_was_done_is_not_done_again(checkout: Path, cut: bytes, dvc_says: str) -> None:
     run(checkout, "dvc", "repro")
     lock = checkout / "dvc.lock"
     whole = lock.read_bytes()
-    lock.write_bytes(whole[: whole.index(b"outs:") + 3])
-    assert "is invalid" in run(checkout, "dvc", "repro")[1], "DVC can read it by now: then there is nothing to mend"
+    lock.write_bytes(whole[: whole.rindex(cut) + len(cut)])
+    assert dvc_says in run(checkout, "dvc", "repro")[1], "DVC can read it by now: then there is nothing to mend"
     code, said = run(checkout, *OURS)
     assert code == 0
     assert "dvc.lock was half-written" in said
     assert "Running stage" not in said
     assert lock.read_bytes() == whole
+
+
+def test_wherever_a_lock_file_is_cut_it_is_removed_or_what_dvc_takes_from_it_is_true(checkout: Path) -> None:
+    run(checkout, "dvc", "repro")
+    lock = checkout / "dvc.lock"
+    text = lock.read_text()
+    whole, taken = yaml.safe_load(text)["stages"], set[str]()
+    for length in range(len(text)):
+        lock.write_text(text[:length])
+        if not is_whole(lock):
+            continue
+        cut = COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(text[:length]))["stages"]
+        for name, stage in cut.items():
+            assert stage["cmd"] == whole[name]["cmd"]
+            for kind in ("deps", "outs"):
+                entries = stage.get(kind, [])
+                assert entries == whole[name][kind][: len(entries)]
+        taken.add(text[:length].splitlines()[-1].strip())
+    assert len(taken) < len(text.splitlines()) / 3, taken
+    lock.write_text(text)
+    assert is_whole(lock)
 
 
 def test_half_a_list_of_locks_is_mended(checkout: Path) -> None:

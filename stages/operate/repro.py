@@ -13,7 +13,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,28 @@ def holders() -> Iterator[int]:
         yield from (entry["pid"] for entry in entries() if alive(entry))
 
 
+def is_whole(lock: Path) -> bool:
+    """Whether DVC wrote a dvc.lock to its end. It writes from the first stage to the last, so one cut short is cut in its last entry.
+
+    One cut between two outputs, or between two stages, is whole by this; DVC then finds the rest missing, and makes it.
+    """
+    try:
+        value = read_yaml(lock)
+    except DataError:
+        return False
+    if not isinstance(value, Mapping) or not value.get("stages") or not lock.read_bytes().endswith(b"\n"):
+        return False
+    last = list(value["stages"].values())[-1]
+    if not last or not all(last.values()):
+        return False
+    for entry in (last[kind][-1] for kind in ("deps", "outs") if kind in last):
+        if not entry.get("path") or len(entry) < 2 or ("hash" in entry and not {"md5", "size"} <= entry.keys()):
+            return False
+        if entry.get("md5", "").endswith(".dir") and "nfiles" not in entry:
+            return False
+    return all(last["params"].values()) if "params" in last else True
+
+
 def mend() -> list[str]:
     """Remove what a killed DVC left, locks of the dead and what it wrote half; returns what was half."""
     found = []
@@ -73,13 +95,8 @@ def mend() -> list[str]:
             remove(LOCKS)
     except DataError:
         found.append(LOCKS)
-    if RECORD.exists():
-        try:
-            whole = "stages" in (read_yaml(RECORD) or {})
-        except DataError:
-            whole = False
-        if not whole:
-            found.append(RECORD)
+    if RECORD.exists() and not is_whole(RECORD):
+        found.append(RECORD)
     if Path(".dvc/config").exists():
         found += unfinished()
     for path in found:
