@@ -135,6 +135,15 @@ def test_a_queue_turns_away_what_is_late_and_nothing_that_was_begun() -> None:
     assert queue.admission.wait() > 500, "it was learned how long it takes"
 
 
+def test_a_request_is_begun_with_whichever_of_its_answers_begins() -> None:
+    queue = Queue(8, first_token=1000.0)
+    jobs = waiting(queue, 1001.0, 1001.0, 1001.0)
+    queue.waiting.remove(jobs[1])
+    jobs[1].begin()  # another length than the first one's, as `Slots` takes them
+    queue.sift()
+    assert list(queue.waiting) == [jobs[0], jobs[2]]
+
+
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[tuple[Served, str]]:
     """A service whose engine does nothing before it is told to, and a key of two requests a minute."""

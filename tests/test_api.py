@@ -112,6 +112,23 @@ def test_logprobs_are_the_models_own(service: Served, client: openai.OpenAI) -> 
     ]
 
 
+@pytest.mark.parametrize("at", [0, 3, 6, 9, 12])
+def test_logprobs_are_of_the_answer_and_not_of_the_stop_text(service: Served, client: openai.OpenAI, at: int) -> None:
+    engine = service.assistant.engine
+    tokens = engine.generate([engine.chat.prompt([{"role": "system", "content": "Be brief."}, *ASK["messages"]])], Sampling(max_tokens=64))[0].tokens
+    whole = engine.chat.decode(tokens)
+    stop = whole[at : at + 4]
+    answer = whole[: whole.index(stop)]
+    count = next(count for count in range(len(tokens)) if engine.chat.decode(tokens[:count]).startswith(answer))
+    full = client.chat.completions.create(**ASK, logprobs=True).choices[0].logprobs.content
+    choice = client.chat.completions.create(**ASK, stop=stop, logprobs=True).choices[0]
+    assert (choice.message.content or "", choice.finish_reason) == (answer, "stop")
+    assert [t.token for t in choice.logprobs.content or []] == [t.token for t in full[:count]]
+    chunks = client.chat.completions.create(**ASK, stop=stop, logprobs=True, stream=True)
+    told = [t.token for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content or []]
+    assert told == [t.token for t in full[:count]]
+
+
 def test_penalties_are_taken_from_the_logits(service: Served, client: openai.OpenAI) -> None:
     engine = service.assistant.engine
     prompt = engine.chat.prompt([{"role": "system", "content": "Be brief."}, *ASK["messages"]])

@@ -15,11 +15,12 @@ from conf.errors import ModelError
 from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
 from stages.convert_gguf import to_gguf
+from stages.serve.chat import Chat
 from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.engine_ctranslate2 import CTranslate2Engine, common_prefix
 from stages.serve.engine_transformers import TransformersEngine
 from stages.serve.scoring import forced_is_cheaper, log_softmax
-from stages.serve.text import TextStream, cut
+from stages.serve.text import TextStream, _begun, cut
 from tests.engines import PROMPT, decoded_in_part, prompts, requests
 
 
@@ -216,6 +217,28 @@ def test_text_stream_holds_back_what_may_change(engine: CTranslate2Engine) -> No
     pieces = [stream.push(i) for i in ids] + [stream.finish()]
     assert "".join(pieces) == "naïve €5 " and not any("\ufffd" in p or "S" in p for p in pieces) and stream.stopped
     assert cut("abcd", ("d", "bc")) == ("a", True)
+
+
+@pytest.mark.parametrize(("said", "stop", "answer"), [("hi\n→x", "\n→", "hi"), ("okEND✓", "END✓", "ok"), ("a🎉🎉b", "🎉🎉", "a"), ("a🎉 b", "🎉🎉", "a🎉 b")])
+def test_nothing_of_a_stop_text_comes_out_when_a_character_of_it_is_several_tokens(hf: Path, said: str, stop: str, answer: str) -> None:
+    chat = Chat(hf)
+    stream = TextStream(chat, (stop,))
+    assert "".join([*(stream.push(i) for i in chat.encode(said)), stream.finish()]) == stream.text == answer
+    assert chat.decode(stream.tokens[: stream.made_of(len(answer))]) == answer
+    assert stream.made_of(0) == 0
+
+
+def test_what_a_long_stop_text_costs_grows_with_the_answer_and_not_with_it() -> None:
+    class Sliced(str):
+        """Counts what is cut off it."""
+
+        def __getitem__(self, at: object) -> str:
+            taken.append(part := super().__getitem__(at))  # type: ignore[index]
+            return part
+
+    taken: list[str] = []
+    assert _begun("so am", [Sliced("amen" * 100_000)]) == 2
+    assert sum(map(len, taken)) < 100
 
 
 def test_errors_name_the_file(tmp_path: Path, hf: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from conf.schema import EngineSettings
 from stages.files import read_json, remove, sha256, write_json
 from stages.serve.engine import Sampling, open_engine
 from stages.serve.engine_cache import KEPT, cache, opened
+from stages.serve.grammar import Grammars
 from stages.serve.materialise import RECIPE, Weights, not_plain, read_tensors, to_float32
 from tests.conftest import ROOT
 from tests.models import tiny_llama
@@ -27,6 +29,7 @@ from tests.variants import TARGETS, adapter_of, stored_variant
 OPEN = """
 import sys
 from pathlib import Path
+from typing import Literal
 from stages.files import sha256
 from stages.serve.engine_cache import opened
 with opened(Path(sys.argv[1])) as engine:
@@ -65,6 +68,14 @@ def test_the_engine_is_that_of_ctranslate2s_converter(made: Path) -> None:
     assert open_engine(made / "stored", settings).generate([[1, 2, 5]], Sampling(max_tokens=8)) == open_engine(made / "engine", settings).generate(
         [[1, 2, 5]], Sampling(max_tokens=8)
     )
+
+
+@pytest.mark.parametrize("kind", ["openvino", "ctranslate2"])
+def test_an_open_engine_needs_nothing_of_the_cache_any_more(made: Path, kept: Path, kind: Literal["openvino", "ctranslate2"]) -> None:
+    engine = open_engine(made / "stored", EngineSettings(kind=kind, threads=1))
+    remove(kept)
+    assert engine.generate([[1, 2, 5]], Sampling(max_tokens=4))[0].tokens
+    Grammars(engine.chat).compile({"type": "object"})
 
 
 def test_a_folder_without_a_recipe_is_opened_as_it_is(made: Path, kept: Path) -> None:
@@ -244,6 +255,14 @@ def test_the_cache_keeps_the_engines_used_last(made: Path, kept: Path) -> None:
     (kept / ".x.partial").mkdir()
     with opened(made / "stored") as engine:
         assert {path.name for path in kept.iterdir() if path.is_dir()} == {engine.name, *map(str, range(KEPT - 1))}
+
+
+def test_the_engine_that_is_opened_stays_though_all_others_are_of_the_future(made: Path, kept: Path) -> None:
+    for age in range(KEPT):
+        (kept / f"{age}").mkdir(parents=True)
+        os.utime(kept / f"{age}", ns=(1, 10**9 * 2**33))
+    with opened(made / "stored") as engine:
+        assert engine.is_dir()
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

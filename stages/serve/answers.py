@@ -233,6 +233,7 @@ class Answers:
                     self.cancel()
                     raise Gone from None
         if (failed := next((job.failure for job in self.jobs if job.failure), None)) is not None:
+            self.cancel()
             raise failed
 
     async def events(self) -> AsyncIterator[bytes]:

@@ -95,7 +95,7 @@ def take(folder: Path, recipe: Recipe, kept: Path) -> Path:
         with publish(engine) as out:
             materialise(folder, recipe, out)
     os.utime(engine)
-    found = sorted((path for path in kept.iterdir() if path.is_dir()), key=lambda path: (path.name.startswith("."), -path.stat().st_mtime_ns))
+    found = sorted((path for path in kept.iterdir() if path.is_dir()), key=lambda path: (path != engine, path.name.startswith("."), -path.stat().st_mtime_ns))
     for path in [*found[KEPT:], *(path for path in found[:KEPT] if path.name.startswith("."))]:
         remove(path)
     return engine

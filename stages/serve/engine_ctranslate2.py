@@ -76,7 +76,7 @@ class CTranslate2Engine:
             for name in ("model.bin", "config.json", "vocabulary.json"):
                 if not (whole / name).is_file():
                     raise ModelError(f"{whole / name} is missing", "run `dvc repro export`, or `dvc pull`")
-            self.chat = Chat(whole)
+            self.chat = Chat(folder)
             try:
                 inter, intra = (settings.threads, 1) if batches else (1, settings.threads)
                 generator = ctranslate2.Generator(str(whole), device="cpu", inter_threads=inter, intra_threads=intra)

@@ -25,7 +25,7 @@ class OpenVinoEngine(ContextEngine):
         """
         with opened(folder) as whole:
             self._model = Model(whole, settings)
-            super().__init__(Chat(whole), settings, settings.batch)
+            super().__init__(Chat(folder), settings, settings.batch)
 
     def _open(self) -> Pages:
         return Pages(self._model, self._settings, self._places + 1)

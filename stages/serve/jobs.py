@@ -56,6 +56,8 @@ class Job:
     """Which in the house it was when it came; 1: nobody was there."""
     lead: Job | None = None
     """The first answer of the same request; none: it is itself."""
+    begun: bool = False
+    """Work on an answer of its request began; of the first one."""
     started: float | None = None
     """When work on it began."""
     first: float | None = None
@@ -91,6 +93,7 @@ class Job:
         """Say that work on it begins; only the first time counts."""
         if self.started is None:
             self.started = time.monotonic()
+            (self.lead or self).begun = True
             self.on_begin()
 
     def push(self, token: int, ends: set[int], complete: bool = False) -> bool:
@@ -189,7 +192,7 @@ class Queue:
     def _late(self, job: Job, now: float) -> bool:
         """End it if its first token would come too late. Of a request that was begun with, all answers are made, and so is one that found nobody before it."""
         waited, lead = now - job.arrived, job.lead or job
-        if lead.started is not None or lead.place == 1 or not self.admission.late(waited):
+        if lead.begun or lead.place == 1 or not self.admission.late(waited):
             return False
         self.admission.learn(job.place, waited)  # at least as long
         job.failure = self.admission.refusal()

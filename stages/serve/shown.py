@@ -47,7 +47,8 @@ class Shown:
         """Note where the text of each token stands; tokens that came out together share their place."""
         before = self._said
         self._said += len(piece)
-        self._spans += [(before, self._said)] * (len(job.logprobs) - len(self._spans))
+        if job.logprobs:  # not of a stop text, which is no part of the answer
+            self._spans += [(before, self._said)] * (job.text.made_of(self._said) - len(self._spans))
 
     def _tell(self, job: Job) -> None:
         if self.watch.refused:

@@ -30,6 +30,13 @@ class TextStream:
         """All text so far, cut before the first stop text."""
         return cut(self._chat.decode(self.tokens), self._stop)[0]
 
+    def made_of(self, length: int) -> int:
+        """How many of the tokens it takes to make the first so many characters of the text."""
+        text, count = self.text[:length], len(self.tokens)
+        while count and self._chat.decode(self.tokens[: count - 1])[:length] == text:
+            count -= 1
+        return count
+
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain, which may be empty."""
         if self.stopped:
@@ -71,5 +78,9 @@ def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
 def _uncertain(text: str, stop: Sequence[str]) -> int:
     """Characters at the end that may still change: a half character, or the beginning of a stop text."""
     broken = len(text) - len(text.rstrip(BROKEN))
-    begun = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return max(broken, begun)
+    return max(_begun(text, stop), broken + _begun(text[: len(text) - broken], stop))
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """The longest end of the text, in characters, with which a stop text begins."""
+    return max((n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)

@@ -95,7 +95,8 @@ class SchemaFormat(Strict):
 
 
 Format = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
-Stop = Annotated[Text, Field(min_length=1)] | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
+StopText = Annotated[Text, Field(min_length=1, max_length=1000)]
+Stop = StopText | Annotated[list[StopText], Field(max_length=4)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Empty = Annotated[list[object], Field(max_length=0)]
 NoBias = Annotated[dict[str, object], Field(max_length=0)]
