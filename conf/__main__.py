@@ -15,6 +15,7 @@ import argparse
 import gc
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +64,37 @@ def overrides(params: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]
 def write() -> str:
     """Compose, or keep a params.yaml that was composed from the same conf/; returns what was done, in a sentence."""
     from conf.compose import compose, digest
+    from conf.yaml import read
 
     composed, now = compose(), digest()
-    wanted = text(composed.values, now)
+    wanted, done = text(composed.values, now), f"{PARAMS} composed from conf/"
     if PARAMS.exists():
         present = PARAMS.read_text(encoding="utf-8")
         if present == wanted:
             return f"{PARAMS} is up to date"
         if present.startswith(NOTICE.format(digest=now).rstrip("\n")):
-            different = overrides(PARAMS, composed.values)
-            named = ", ".join(f"{key}={theirs!r} (conf/ says {ours!r})" for key, (ours, theirs) in different.items())
-            if different:
+            if not present.endswith("\n") or not has_end(read(PARAMS), composed.values):
+                done = f"{PARAMS} was cut short, and is composed anew from conf/"
+            elif different := overrides(PARAMS, composed.values):
+                named = ", ".join(f"{key}={theirs!r} (conf/ says {ours!r})" for key, (ours, theirs) in different.items())
                 return f"{PARAMS} keeps {len(different)} override{'s'[: len(different) != 1]}: {named}"
     temporary = PARAMS.with_name(f".{PARAMS.name}.partial")
     temporary.write_text(wanted, encoding="utf-8")
     temporary.replace(PARAMS)
-    return f"{PARAMS} composed from conf/"
+    return done
+
+
+def has_end(present: object, values: object) -> bool:
+    """Whether the last key of what conf/ says is there: `dvc exp run -S` writes params.yaml in place, and a kill leaves its beginning.
+
+    An override with `-S` may have put something else in the place of a branch, or less into it.
+    """
+    while isinstance(values, Mapping) and isinstance(present, Mapping) and values:
+        last = max(values)
+        if last not in present:
+            return False
+        present, values = present[last], values[last]
+    return present is not None or values is None
 
 
 def check() -> list[str]:

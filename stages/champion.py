@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from pydantic import JsonValue
 
 from conf.errors import DataError
 from conf.schema import Relative
+from stages.intact import forget_index
 
 if TYPE_CHECKING:
     from stages.statistics import Comparison
@@ -45,9 +47,15 @@ def read_champion(revision: str, task: str) -> tuple[Json, list[Mapping[str, Jso
     from dvc_data.index import DataIndexDirError
     from scmrepo.exceptions import SCMError
 
+    @functools.cache
+    def files() -> DVCFileSystem:
+        made = DVCFileSystem(".", rev=revision)
+        forget_index(made.repo)
+        return made
+
     def read(path: str) -> str:
         try:
-            return str(DVCFileSystem(".", rev=revision).read_text(path, encoding="utf-8"))
+            return str(files().read_text(path, encoding="utf-8"))
         except (DvcException, DataIndexDirError, SCMError, OSError, ValueError) as error:
             raise DataError(
                 f"{path} of the champion {revision} cannot be read: {type(error).__name__}: {error}",

@@ -59,6 +59,11 @@ def cached(digest: str) -> Path | None:
     return elsewhere if elsewhere.is_file() else None
 
 
+def forget_index(repo: Any) -> None:
+    """Let a `dvc.repo.Repo` read anew which files its outputs have: its index on disk keeps what a killed command had read of a folder, and calls it all."""
+    repo.drop_data_index()
+
+
 def overlaps(one: str, other: str) -> bool:
     """Whether one path is the other, or leads to it."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
@@ -67,7 +72,7 @@ def overlaps(one: str, other: str) -> bool:
 def recorded(lock: dict[str, Any], paths: Iterable[str]) -> Iterator[tuple[Path, str]]:
     """Each file below some paths that a stage wrote -> its digest in dvc.lock, or in the listing of its folder that dvc.lock names."""
     wanted = list(paths)
-    for out in (out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])):
+    for out in (out for stage in lock.get("stages", {}).values() for out in stage.get("outs", []) if "md5" in out):
         if not any(overlaps(out["path"], path) for path in wanted):
             continue
         if not out["md5"].endswith(".dir"):
@@ -94,8 +99,8 @@ def check_intact(paths: Iterable[str]) -> None:
             missing.append(path)
         if path.is_file() and md5(path) != digest and (copy := cached(digest)) and md5(copy) != digest:
             damaged.append(f"{path}, from {copy} ({copy.stat().st_size:,} bytes)")
+            remove(path)  # first: without its cache file it would be taken as it is
             remove(copy)
-            remove(path)
     if damaged:
         raise DataError(
             f"{len(damaged)} file{'s' if len(damaged) > 1 else ''} of the DVC cache damaged since written:\n  - " + "\n  - ".join(damaged),

@@ -30,6 +30,8 @@ from stages.intact import check_inputs
 
 WORK = Path(".dvc/tmp/trunkline")
 COSTS = WORK / "costs.jsonl"
+STAGES_AT_WORK = WORK / "at_work"
+"""A file for each stage, locked while it runs; holds the number of the process."""
 REFUSALS = [os.strerror(code) for code in sorted(DISK)]
 """What a disk may refuse, and how that reads: libraries often keep only the words."""
 FULL = re.compile("database or disk is full|PytorchStreamWriter failed writing|write failed|Failed to write")
@@ -98,9 +100,10 @@ def run(main: Callable[[], None]) -> None:
 
     started, start_bytes = time.monotonic(), resident_bytes()
     try:
-        if "DVC_STAGE" in os.environ:
-            check_inputs(stage)
-        main()
+        with running(stage):
+            if "DVC_STAGE" in os.environ:
+                check_inputs(stage)
+            main()
         record(stage, time.monotonic() - started, start_bytes)
     except TrunklineError as error:
         stop(str(error), error.exit_code)
@@ -112,6 +115,42 @@ def run(main: Callable[[], None]) -> None:
         if trouble is None:
             raise
         stop(f"{trouble}\n  → free some space or make it writable, then `dvc repro`: nothing half-written was kept", 1)
+
+
+@contextmanager
+def running(stage: str) -> Iterator[None]:
+    """While no other process runs this stage here: one whose DVC was killed may still write its outputs.
+
+    The lock is the process's own, which neither a worker that outlives it nor a program that it starts keeps.
+    """
+    if not Path(".dvc").is_dir():
+        yield
+        return
+    STAGES_AT_WORK.mkdir(parents=True, exist_ok=True)
+    held = os.open(STAGES_AT_WORK / stage, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            log.warning("waiting for process %s, which still runs %s", os.read(held, 20).decode() or "(unknown)", stage)
+            fcntl.lockf(held, fcntl.LOCK_EX)
+        os.ftruncate(held, 0)
+        os.pwrite(held, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(held)
+
+
+def at_work() -> Iterator[int]:
+    """Processes that run a stage here; 0: it does not say which."""
+    for path in sorted(STAGES_AT_WORK.glob("*")):
+        with path.open("r+") as held:
+            try:
+                fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield int(held.read().strip() or 0)
 
 
 def resident_bytes() -> int:

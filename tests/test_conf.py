@@ -209,6 +209,19 @@ def test_an_override_is_kept_and_named_until_conf_changes(small: Path, python: R
     assert (read(params)["tune"]["seed"], read(params)["tune"]["steps"]) == (7, 11)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.97, 0.999])
+@pytest.mark.parametrize("at_a_line", [True, False])
+def test_what_is_left_of_a_cut_file_is_no_override(small: Path, python: Run, share: float, at_a_line: bool) -> None:
+    python("-m", "conf")
+    params = small / "params.yaml"
+    whole = params.read_text()
+    cut = whole[: int(len(whole) * share)]
+    params.write_text(cut[: cut.rindex("\n") + 1] if at_a_line else cut)
+    done = python("-m", "conf")
+    assert (done.returncode, params.read_text()) == (0, whole)
+    assert "was cut short, and is composed anew" in done.stderr
+
+
 def test_a_choice_where_a_value_belongs_says_how_to_choose(small: Path, python: Run) -> None:
     python("-m", "conf")
     params = small / "params.yaml"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import DataError
+from stages.files import remove
 from stages.intact import check_inputs, check_intact, md5
 
 PIPELINE = """
@@ -59,6 +60,24 @@ def test_it_is_named_removed_and_made_anew(file: str) -> None:
     assert not kept.exists()
     assert "Running stage 'make'" in dvc("repro")
     assert Path(file).read_bytes() == whole
+
+
+def test_who_is_killed_while_a_damaged_file_is_removed_leaves_what_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    damage("data/single")
+
+    def killed(path: Path) -> None:
+        remove(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stages.intact.remove", killed)
+        check_intact(["data/single"])
+    dvc("repro", "--quiet")
+    if Path("data/single").read_text() != "single\n":
+        with pytest.raises(DataError, match="1 file of the DVC cache"):
+            check_intact(["data/single"])
+        dvc("repro", "--quiet")
+    assert Path("data/single").read_text() == "single\n"
 
 
 def test_a_stage_checks_what_it_reads_and_nothing_else() -> None:

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 
-from stages.operate.repro import alive, is_whole
+from stages.operate.holders import LOCKS, alive, holders
+from stages.operate.mend import is_whole
 from tests.conftest import ROOT
 
 PIPELINE = """
@@ -118,6 +119,99 @@ def test_wherever_a_lock_file_is_cut_it_is_removed_or_what_dvc_takes_from_it_is_
     assert is_whole(lock)
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "stages: {}",
+        "stages: {a: {cmd: x}}",
+        "stages: {a: {cmd: [x, y]}}",
+        "stages: {a: {cmd: x, params: {params.yaml: {}}}}",
+        "stages: {a: {cmd: x, params: {params.yaml: {b: null, c: ''}}}}",
+        "stages: {a: {cmd: x, deps: [{path: s3://b/c, etag: abcdef, size: 3}]}}",
+        "stages: {a: {cmd: x, deps: [{path: s3://b/c, hash: md5, etag: abcdef, size: 3}]}}",
+        "stages: {a: {cmd: x, outs: [{path: b, hash: md5, files: [{relpath: c, md5: abcdef, size: 3}]}]}}",
+        "stages: {a: {cmd: x, outs: [{path: b, md5: abcdef, size: 3, isexec: true}]}}",
+    ],
+)
+def test_no_form_of_a_whole_lock_file_is_called_half(tmp_path: Path, rest: str) -> None:
+    COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(f"schema: '2.0'\n{rest}"))
+    (tmp_path / "dvc.lock").write_text(f"schema: '2.0'\n{yaml.safe_dump(yaml.safe_load(rest))}")
+    assert is_whole(tmp_path / "dvc.lock")
+
+
+def test_instead_of_half_a_lock_file_the_one_of_before_comes_back(checkout: Path) -> None:
+    run(checkout, *OURS)
+    lock = checkout / "dvc.lock"
+    lines = lock.read_text().splitlines(keepends=True)
+    order = "".join([*lines[:2], *lines[lines.index("  two:\n") :], *lines[2 : lines.index("  two:\n")]])  # as a merge may leave them, which DVC keeps
+    lock.write_text(order)
+    assert run(checkout, *OURS)[0] == 0
+    lock.write_text(order[: len(order) // 2])
+    code, said = run(checkout, *OURS)
+    assert (code, lock.read_text()) == (0, order)
+    assert "dvc.lock was half-written when DVC was killed, and is again what it was" in said
+    (checkout / ".dvc/tmp/trunkline/dvc.lock").unlink()
+    run(checkout, "git", "add", "-A")
+    run(checkout, "git", "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "x")
+    lock.write_text(order[: len(order) // 2])
+    assert "is again what it was" in run(checkout, *OURS)[1]
+    assert lock.read_text() == order
+
+
+def test_a_conflict_in_a_lock_file_is_told_and_stays(checkout: Path) -> None:
+    run(checkout, *OURS)
+    lock = checkout / "dvc.lock"
+    lock.write_text(text := f"<<<<<<< ours\n{lock.read_text()}=======\n>>>>>>> theirs\n")
+    code, said = run(checkout, *OURS)
+    assert (code, lock.read_text()) == (1, text)
+    assert "dvc.lock has git's marks of a conflict" in said
+    assert "Traceback" not in said
+
+
+def test_half_a_params_file_is_removed(checkout: Path) -> None:
+    (checkout / "params.yaml").write_text("a: {b: 'c")
+    assert run(checkout, "dvc", "repro")[0] != 0
+    code, said = run(checkout, *OURS)
+    assert code == 0, said
+    assert "params.yaml was half-written" in said
+
+
+def test_what_dvc_was_copying_is_removed(checkout: Path) -> None:
+    (checkout / "models/a").mkdir(parents=True)
+    copying, mine = checkout / "models/a/.Ab3-_6789012345678901x.tmp", checkout / "models/a/.mine.tmp"
+    copying.touch()
+    mine.touch()
+    run(checkout, *OURS)
+    assert (copying.exists(), mine.exists()) == (False, True)
+
+
+def test_what_dvc_keeps_is_ignored_again_after_a_stage_failed(checkout: Path) -> None:
+    (checkout / "dvc.yaml").write_text(PIPELINE.replace("cmd: cp one two", "cmd: test -e ready && cp one two"))
+    assert run(checkout, *OURS)[0] != 0
+    assert not (checkout / ".gitignore").exists(), "DVC leaves it by now: then there is nothing to mend"
+    (checkout / "ready").touch()
+    assert run(checkout, *OURS)[0] == 0
+    assert run(checkout, "git", "check-ignore", "one", "two")[1].split() == ["one", "two"]
+
+
+def test_a_stage_whose_dvc_was_killed_is_waited_for(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    (checkout / "toy.py").write_text(
+        "import sys, time\nfrom stages.run import running\nwith running('toy'):\n    print('at work', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "toy.py"], env=ENVIRONMENT, stdout=subprocess.PIPE) as stage:
+        assert stage.stdout is not None
+        stage.stdout.readline()
+        assert list(holders()) == [stage.pid]
+        second = start(checkout, *OURS)
+        assert second.stdout is not None
+        assert second.stdout.readline() == f"waiting for process {stage.pid}, which runs this pipeline\n"
+        stage.kill()
+    second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert list(holders()) == []
+
+
 def test_half_a_list_of_locks_is_mended(checkout: Path) -> None:
     run(checkout, "dvc", "repro")
     (checkout / ".dvc/tmp/rwlock").write_text('{"write": {"')
@@ -159,8 +253,22 @@ def test_a_killed_process_whose_number_another_one_has_holds_nothing(checkout: P
     assert "waiting" not in said
 
 
-@pytest.mark.parametrize(("named", "expected"), [("dvc", True), ("other", False)])
-def test_only_dvc_counts_as_alive(named: str, expected: bool) -> None:
+def test_a_process_that_began_after_the_list_of_locks_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    LOCKS.parent.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "dvc"]) as process:
+        while not psutil.Process(process.pid).cmdline():
+            time.sleep(0.01)
+        LOCKS.write_text("{}")
+        assert alive({"pid": process.pid})
+        os.utime(LOCKS, (1, 1))  # a container began again, and counts its processes anew
+        assert not alive({"pid": process.pid})
+        process.kill()
+
+
+@pytest.mark.parametrize(("named", "expected"), [("dvc", True), ("other", False), ("/home/dvc-demo/x", False), ("/usr/bin/dvc", True)])
+def test_only_dvc_counts_as_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, expected: bool) -> None:
+    monkeypatch.chdir(tmp_path)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", named, "repro"]) as process:
         while not psutil.Process(process.pid).cmdline():  # while it becomes that program it has none
             time.sleep(0.01)

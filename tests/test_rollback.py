@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,31 @@ import pytest
 from conf.errors import ConfigError, DataError
 from stages.operate.rollback import rollback
 from tests.toy import Toy
+
+OUTPUTS_IN_THREE_FOLDERS = """
+stages:
+  a: {cmd: mkdir -p m1 && echo 1 > m1/x, outs: [m1/x]}
+  b: {cmd: mkdir -p m2 && echo 2 > m2/x, outs: [m2/x]}
+  c: {cmd: mkdir -p m3 && echo 3 > m3/x, outs: [m3/x]}
+"""
+KILLED_IN_THE_INDEX = """
+import os
+from sqltrie.sqlite.sqlite import SQLiteTrie
+real, left = SQLiteTrie.__setitem__, [None, None]
+def killed(self, key, value):
+    if str(self._path).endswith("db.db"):
+        left.pop() if left else os.kill(os.getpid(), 9)
+    real(self, key, value)
+SQLiteTrie.__setitem__ = killed
+from dvc.api import DVCFileSystem
+DVCFileSystem(".", rev="HEAD").read_text("m3/x", encoding="utf-8")
+"""
+READ = """
+from dvc.api import DVCFileSystem
+from stages.intact import forget_index
+files = DVCFileSystem(".", rev="HEAD")
+{forget}print(files.read_text("m3/x", encoding="utf-8"))
+"""
 
 
 @pytest.fixture
@@ -50,6 +78,39 @@ def test_the_last_commit_is_taken_back_with_its_outputs_and_no_stage_runs(toy: T
     assert toy.git("log", "-1", "--format=%s") == 'Revert "Bad"'
     assert toy.git("rev-parse", "HEAD^{tree}") == toy.git("rev-parse", "other^{tree}")
     assert toy.repro() == set()
+
+
+def test_one_that_was_interrupted_after_its_commit_is_ended_by_the_next(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.git("checkout", "-q", "other")
+    toy.dvc("checkout")
+    earlier = state(toy)
+    toy.git("checkout", "-q", "main")
+    toy.dvc("checkout")
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stages.operate.rollback.restore", killed)
+        rollback()
+    assert state(toy) != earlier
+    made = toy.git("rev-parse", "HEAD")
+    assert rollback().commit == made == toy.git("rev-parse", "HEAD"), "not a second one, which would bring the bad state back"
+    assert state(toy) == earlier
+    assert rollback().commit != made, "it is over"
+
+
+def test_what_a_killed_dvc_had_read_of_its_outputs_is_not_taken_for_all(toy: Toy) -> None:
+    toy.dvc("config", "core.site_cache_dir", str(toy.folder.parent / "site"))
+    (toy.folder / "dvc.yaml").write_text(OUTPUTS_IN_THREE_FOLDERS)
+    toy.commit("Keep the index here")
+    assert subprocess.run([sys.executable, "-c", KILLED_IN_THE_INDEX], check=False).returncode == -signal.SIGKILL
+    read = [sys.executable, "-c", READ.format(forget="")]
+    assert "FileNotFoundError" in subprocess.run(read, check=False, capture_output=True, text=True).stderr, (
+        "DVC reads all by now: then there is nothing to forget"
+    )
+    read = [sys.executable, "-c", READ.format(forget="forget_index(files.repo); ")]
+    assert subprocess.run(read, check=False, capture_output=True, text=True).stdout.strip() == "3"
 
 
 def test_a_tag_comes_back_whole(toy: Toy) -> None:

@@ -52,6 +52,21 @@ def test_a_users_mistake_is_a_sentence_with_its_exit_code(tmp_path: Path, error:
     assert not (tmp_path / ".dvc").exists(), "a stage that failed must not look as if it had run"
 
 
+def test_a_stage_waits_for_the_one_whose_dvc_was_killed(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
+    first = stage(
+        tmp_path, "import os, time\ndef main():\n    open('began', 'w').close()\n    while not os.path.exists('go'): time.sleep(0.02)\n    print('first')"
+    )
+    while not (tmp_path / "began").exists():
+        time.sleep(0.02)
+    second = subprocess.Popen(first.args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert second.stderr is not None
+    assert f"waiting for process {first.pid}, which still runs toy" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    assert first.communicate()[0] == second.communicate()[0] == "first\n"
+    assert (first.returncode, second.returncode) == (0, 0)
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     process = stage(tmp_path, "def main():\n    raise KeyError('oops')")
     assert "Traceback" in process.communicate()[1]

@@ -26,6 +26,7 @@ from stages.operate.in_production import explain
 from stages.operate.objects import Store
 from stages.operate.places import Place, objects, opened, survey
 from stages.operate.reach import Reach, Reference, champions, references, unknown_here, work_tree
+from stages.run import at_work
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -121,6 +122,8 @@ def alone(repo: Repo) -> Iterator[None]:
 
     try:
         with repo.lock:
+            if (held := next(at_work(), None)) is not None:  # DVC lets go of its lock meanwhile, and must have it again at the end
+                raise DataError(f"process {held} runs a stage in this checkout", "wait for it")
             yield
     except LockError as error:
         raise DataError("another DVC runs in this checkout", "wait for it") from error

@@ -1,7 +1,8 @@
 """`trunkline rollback`: bring an earlier state back, weights included, in one commit that is proven before it is made.
 
 Configuration, code, params.yaml and dvc.lock go back together, for git holds them in one tree. Before the commit, every object that
-the tree's dvc.lock names is looked up in the cache and on the remote; one that is nowhere stops the rollback. No stage runs.
+the tree's dvc.lock names is looked up in the cache and on the remote; one that is nowhere stops the rollback. No stage runs. One that was
+interrupted after its commit is ended by the next, whatever that is asked: to take back the newest commit would bring the bad state again.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from conf.errors import ConfigError, DataError
+from stages.files import read_json, remove, write_json
+from stages.intact import forget_index
 from stages.operate.git import DRIVER, commit, file_at, git, spare_tree
 from stages.operate.objects import Item, Store, not_run, outputs
+from stages.run import WORK
 
+UNFINISHED = WORK / "rollback.json"
+"""The rollback whose outputs are being restored; after a kill, the next `trunkline rollback` ends it."""
 SHOWN = 5
 """Objects or files named in a message."""
 
@@ -158,6 +164,9 @@ def rollback(revisions: Sequence[str] = (), to: str | None = None, dry_run: bool
 
     head = commit("HEAD")
     refuse_dirty()
+    if not dry_run and (left := unfinished(head)) is not None:
+        restore()
+        return left
     tree, message = prepare(revisions, to)
     files = git("diff", "--stat=100", head, tree).stdout.rstrip().splitlines()
     with Repo(".") as repo:
@@ -168,14 +177,37 @@ def rollback(revisions: Sequence[str] = (), to: str | None = None, dry_run: bool
             return found
         store.fetch(far)
     made = git("commit-tree", tree, "-p", head, "-m", message)
+    done = replace(found, commit=made.stdout.strip())
+    write_json(UNFINISHED, asdict(done))
     moved = git("merge", "--ff-only", "--quiet", made.stdout.strip()) if made.returncode == 0 else made
     if moved.returncode:
         raise DataError(f"git cannot make the commit: {moved.stderr.strip()}", "mend what git says; nothing was changed")
+    restore()
+    return done
+
+
+def unfinished(head: str) -> Rollback | None:
+    """The rollback that was interrupted after its commit, which is still the newest one."""
+    if not UNFINISHED.exists():
+        return None
+    left = Rollback(**read_json(UNFINISHED))
+    return left if left.commit == head else None
+
+
+def restore() -> None:
+    """Bring the outputs back that dvc.lock names, and look at them.
+
+    Raises:
+        DataError: they are not what it names.
+    """
+    from dvc.repo import Repo
+
     with Repo(".") as repo:
+        forget_index(repo)
         repo.checkout(force=True)
         if different := repo.status():
             raise DataError(f"after the restore, {', '.join(sorted(different))} differ from dvc.lock", "`dvc status` says how; `dvc checkout --force`")
-    return Rollback(**{**asdict(found), "commit": made.stdout.strip()})
+    remove(UNFINISHED)
 
 
 def show(revisions: Sequence[str] = (), to: str | None = None, dry_run: bool = False, as_json: bool = False) -> None:

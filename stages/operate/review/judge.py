@@ -21,6 +21,7 @@ from typing import Any
 from conf.errors import DataError
 from conf.yaml import dump
 from stages.files import read_json, read_jsonl
+from stages.intact import forget_index
 from stages.operate.git import spare_tree
 from stages.operate.review.snapshot import Snapshot
 from stages.operate.review.tampering import changed_files, declared
@@ -152,6 +153,7 @@ def bring(root: Path, paths: Sequence[str]) -> None:
     targets = [str(root / path) for path in paths]
     try:
         with Repo(str(root)) as repo:
+            forget_index(repo)
             if targets and repo.config["core"].get("remote"):
                 repo.fetch(targets=targets)
             if targets:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from conf.errors import DataError
+from stages.intact import forget_index
 from stages.operate.git import file_at
 
 ENGINE = "models/export/engine"
@@ -30,7 +31,9 @@ class Snapshot:
     def _files(self) -> Any:
         from dvc.api import DVCFileSystem
 
-        return DVCFileSystem(".", rev=self.revision) if self.revision else DVCFileSystem(".")
+        files = DVCFileSystem(".", rev=self.revision) if self.revision else DVCFileSystem(".")
+        forget_index(files.repo)
+        return files
 
     def text(self, path: str) -> str | None:
         """A file's text; None: this state has no such file.
