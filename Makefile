@@ -27,7 +27,7 @@ repro: setup
 	@trunkline repro; code=$$?; trunkline summary && exit $$code
 
 test: setup
-	@pytest -m "not slow and not gpu"
+	@pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
 	@pytest -m "slow and not gpu"
