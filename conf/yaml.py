@@ -14,7 +14,7 @@ import yaml
 
 from conf.errors import ConfigError
 
-CORE_NUMBER = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?0o[0-7_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[01_]+")
+CORE_NUMBER = re.compile(r"[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?0o[0-7_]+|[-+]?0x[0-9a-fA-F_]+|[-+]?0b[01_]+|[-+]_[0-9_]*")
 """What YAML 1.2, or ruamel's reading of it, takes for a number beyond YAML 1.1."""
 
 MOST = 200_000

@@ -372,7 +372,7 @@ def test_canonical_text_means_the_same_to_every_reader(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "1e-5", "0o17", "+.5e3", "1:30", "012", "on", "~", "", "=", "<<", ".nan", "2024-01-31", "a\nb", "a: b", "- a", "#", " a", "\t"]
+    "text", ["1e5", "1e-5", "0o17", "+.5e3", "1:30", "012", "+_", "-_1", "on", "~", "", "=", "<<", ".nan", "2024-01-31", "a\nb", "a: b", "- a", "#", " a", "\t"]
 )
 def test_a_text_that_looks_like_something_else_stays_a_text(text: str) -> None:
     from ruamel.yaml import YAML
