@@ -35,6 +35,7 @@ import pytest
 from conf.schema import Gate, Relative
 from stages.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from stages.records import Record
+from stages.run import STAGES_AT_WORK
 from stages.serve.chat import Chat
 from stages.sources.files import listing
 from tests.conftest import small_checkout
@@ -1005,13 +1006,13 @@ bad_package("no verdict", lambda: Path("models/gate/verdict.json").unlink(), "mo
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Path -> digest, or the target of a link, of everything in a folder that is no cache."""
+    """Path -> digest, or the target of a link, of everything in a folder that is no cache, and no lock."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if CACHED.fullmatch(name) and path.is_file():
             assert not re.fullmatch(r".*/[0-9a-f]{64}", name) or "/unpacked/" in name or sha256(path) == path.name, f"{name} is not what its name says"
-        elif path.is_symlink() or path.is_file():
+        elif path.is_symlink() or (path.is_file() and path.parent != folder / STAGES_AT_WORK):
             found[name] = f"-> {path.readlink()}" if path.is_symlink() else sha256(path)
     return found
 

@@ -241,6 +241,8 @@ def scheduler(going: ContextEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(going, "live", lambda: made.append(live()) or made[-1])
     running = Scheduler(going, slots=1, batch=4, most_waiting=3)
     running.batch = made[0]  # type: ignore[attr-defined]
+    step = made[0].step
+    monkeypatch.setattr(made[0], "step", lambda: time.sleep(0.001) or step())  # so that an answer goes on while the test looks
     yield running
     running.close()
 

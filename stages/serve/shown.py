@@ -48,7 +48,7 @@ class Shown:
         before = self._said
         self._said += len(piece)
         if job.logprobs:  # not of a stop text, which is no part of the answer
-            self._spans += [(before, self._said)] * (job.text.made_of(self._said) - len(self._spans))
+            self._spans += [(before, self._said)] * (min(job.text.made_of(self._said), len(job.logprobs)) - len(self._spans))
 
     def _tell(self, job: Job) -> None:
         if self.watch.refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class Said(TextStream):
     def tokens(self) -> list[int]:  # type: ignore[override]
         """About as many as the upstream's."""
         return self._encode(self.text)
+
+    def made_of(self, length: int) -> int:
+        """No bound: of a stop text the upstream itself says nothing."""
+        return sys.maxsize
 
     def add(self, text: str) -> None:
         """Go on."""
