@@ -11,6 +11,8 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +83,9 @@ def base_engine(settings: EngineSettings) -> Path:
 
     if (convert := CONVERT.get(settings.kind)) is None:
         return BASE
-    digest = hashlib.sha256(f"{sha256(BASE)} {convert.__name__} {settings.quantization}".encode()).hexdigest()[:16]
+    code = [sha256(path) for path in sorted(Path(__file__).parent.glob("convert*.py"))]
+    made_by = [f"{name} {version(name)}" for name in ("ctranslate2", "gguf") if find_spec(name)]
+    digest = hashlib.sha256(f"{sha256(BASE)} {convert.__name__} {settings.quantization} {code} {made_by}".encode()).hexdigest()[:16]
     kept = WORK / "evaluate"
     if not is_sealed(kept / digest):
         remove(kept)  # one base at a time

@@ -71,6 +71,16 @@ def test_it_says_why(toy: Toy) -> None:
     assert stages["e"].outcome == "runs", "its own value changed too: no recorded run has that"
 
 
+def test_a_new_output_is_a_reason_with_and_without_a_remote(toy: Toy, tmp_path: Path) -> None:
+    toy.commit("Before")
+    path = toy.folder / "dvc.yaml"
+    path.write_text(path.read_text().replace("outs: [out/b]", "outs: [out/b, out/bnew]"))
+    for _ in range(2):
+        b = look(toy)["b"]
+        assert (b.outcome, b.recorded, b.reasons) == ("runs", False, ["out/bnew is a new output"])
+        toy.dvc("remote", "add", "--default", "--force", "store", str(tmp_path / "store"))
+
+
 def test_a_value_that_is_null_is_a_value(toy: Toy) -> None:
     (toy.folder / "dvc.yaml").write_text((toy.folder / "dvc.yaml").read_text().replace("params: [a]", "params: [a, nothing]"))
     (toy.folder / "params.yaml").write_text((toy.folder / "params.yaml").read_text() + "nothing: null\n")

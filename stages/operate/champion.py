@@ -33,6 +33,9 @@ def pin(revision: str, when_other: bool = False) -> str:
         return f"{revision} serves {'no model yet' if wanted.served is None else 'the model of this tree'}: there is nothing to compare"
     if wanted.served is None:
         raise DataError(f"{revision} serves no model: its dvc.lock has no package", "name the revision that is in production")
+    if wanted.measured != wanted.served:
+        what = f"{revision} serves the engine {str(wanted.served)[:12]} and measured {str(wanted.measured)[:12]}, which its gate held"
+        raise DataError(what, "name the revision of which the served engine is, or `trunkline rollback` to it")
     origins = compose(conf=Path("conf").resolve()).origins
     file = Path(origins.get("gate.champion") or next((path for key, path in origins.items() if key.startswith("gate.absolute.")), ""))
     if file.parent != Path("conf/gate"):

@@ -15,15 +15,15 @@ from pathlib import Path
 from conf.errors import DataError
 from stages.files import publish, remove
 from stages.intact import read_yaml
-from stages.operate.git import file_at
+from stages.operate.git import file_at, git
 from stages.operate.holders import LOCKS, alive, entries
 from stages.operate.objects import outputs
 from stages.operate.run_cache import unfinished
 from stages.run import WORK
 
 RECORD, PARAMS, PIPELINE = Path("dvc.lock"), Path("params.yaml"), Path("dvc.yaml")
-KEPT = WORK / "dvc.lock"
-"""dvc.lock as it was when `trunkline repro` last began."""
+KEPT, KEPT_FOR = WORK / "dvc.lock", WORK / "dvc.lock.head"
+"""dvc.lock as it was when `trunkline repro` last began, and git's name of the one that was committed then."""
 COPYING = re.compile(r"\.[\w-]{22}\.tmp")
 """What DVC calls a file that it copies out of its cache."""
 CONFLICT = re.compile(rb"^(<{7}|={7}|>{7})", re.MULTILINE)
@@ -65,11 +65,14 @@ def _mend_record() -> Iterator[str]:
     text = RECORD.read_bytes()
     if CONFLICT.search(text):
         raise DataError(f"{RECORD} has git's marks of a conflict", "`trunkline setup`, and merge again; or `git checkout --ours dvc.lock`, and this again")
+    committed = git("rev-parse", "--verify", "--quiet", f"HEAD:{RECORD}").stdout
     if is_whole(RECORD):
-        with publish(KEPT) as temporary:
-            temporary.write_bytes(text)
+        for path, content in ((KEPT, text), (KEPT_FOR, committed.encode())):
+            with publish(path) as temporary:
+                temporary.write_bytes(content)
         return
-    before = KEPT.read_bytes() if KEPT.exists() else (file_at("HEAD", str(RECORD)) or "").encode()
+    known = KEPT.exists() and KEPT_FOR.exists() and KEPT_FOR.read_text(encoding="utf-8") == committed  # else the commit knows more
+    before = KEPT.read_bytes() if known else (file_at("HEAD", str(RECORD)) or "").encode()
     if before:
         with publish(RECORD) as temporary:
             temporary.write_bytes(before)
@@ -100,8 +103,8 @@ def is_whole(lock: Path) -> bool:
 
 def _is_whole_entry(entry: object) -> bool:
     """Of a file or folder."""
-    if not isinstance(entry, Mapping) or "" in entry.values() or not entry.keys() - {"path", "hash"}:
-        return False
+    if not isinstance(entry, Mapping) or "" in entry.values() or entry.keys() == {"path", "hash"}:
+        return False  # one with a path alone was not written by its stage
     return "md5" not in entry or ("size" in entry and ("nfiles" in entry or not entry["md5"].endswith(".dir")))
 
 

@@ -30,7 +30,7 @@ class Item:
 
 
 def outputs(lock: str, pipeline: str) -> list[Item]:
-    """The outputs that DVC keeps: those of a lock, less those with `cache: false`, which git keeps.
+    """The outputs that DVC keeps: those of a lock, less those with `cache: false`, which git keeps, and those that their stage did not write.
 
     Args:
         lock: text of dvc.lock.
@@ -43,7 +43,8 @@ def outputs(lock: str, pipeline: str) -> list[Item]:
         stages = yaml.load(pipeline, Loader=yaml.CSafeLoader)["stages"]
         in_git = {path for stage in stages.values() for path, cached in _declared(stage) if not cached}
         locked = yaml.load(lock, Loader=yaml.CBaseLoader)["stages"]  # every value as text: a digest may be digits alone
-        return [Item(path=out["path"], md5=out["md5"]) for stage in locked.values() for out in stage.get("outs", []) if out["path"] not in in_git]
+        made = (out for stage in locked.values() for out in stage.get("outs", []) if "md5" in out)
+        return [Item(path=out["path"], md5=out["md5"]) for out in made if out["path"] not in in_git]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"dvc.lock or dvc.yaml of that revision cannot be read: {error}", "name another revision") from error
 

@@ -98,8 +98,9 @@ class _Walk:
         never = not any(out.hash_info for out in stage.outs)
         if never:
             told.reasons.append("it has never run")
-        elif stage.cmd_changed:
-            told.reasons.append("its command changed")
+        else:
+            told.reasons += ["its command changed"] * stage.cmd_changed
+            told.reasons += [f"{out.def_path} is a new output" for out in stage.outs if not out.hash_info]
         unknown = [dep for dep in stage.deps if not self.settle(dep, told)]
         moved = never or bool(told.reasons or told.params)
         told.recorded = not moved and not unknown
@@ -208,7 +209,9 @@ class _Walk:
             entry = parse_yaml(texts[-1], key)
         if entry is None:
             return False
-        recorded = {out["path"]: out for out in entry["outs"]}
+        recorded = {out["path"]: out for out in entry["outs"] if "md5" in out}
+        if not recorded.keys() >= {out.def_path for out in stage.outs}:
+            return False
         for out in stage.outs:
             kept = recorded[out.def_path]
             out.hash_info, out.meta, out.obj = HashInfo("md5", kept["md5"]), Meta(size=kept.get("size")), None

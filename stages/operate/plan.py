@@ -64,13 +64,14 @@ def desired() -> tuple[dict[str, Any], dict[str, str]]:
         ConfigErrors: conf/ is wrong.
     """
     from conf import PARAMS
-    from conf.__main__ import NOTICE
+    from conf.__main__ import NOTICE, has_end
     from conf.compose import compose, digest
     from conf.yaml import read
 
     composed = compose()
-    if PARAMS.exists() and PARAMS.read_text(encoding="utf-8").startswith(NOTICE.format(digest=digest()).rstrip("\n")):
-        return dict(read(PARAMS)), composed.origins
+    text = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else ""
+    if text.startswith(NOTICE.format(digest=digest()).rstrip("\n")) and text.endswith("\n") and has_end(present := read(PARAMS), composed.values):
+        return dict(present), composed.origins
     return composed.values, composed.origins
 
 

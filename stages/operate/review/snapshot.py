@@ -148,4 +148,4 @@ class Snapshot:
         code = {path: md5 for path, md5 in read.items() if path.startswith("stages/serve/") or path in package}
         guard = {path: md5 for path, md5 in self.outputs("guard").items() if path.endswith(("guard.json", "weights.safetensors"))}
         command = self.lock.get("package", {}).get("cmd")
-        return {"engine": self.measured, "guard": guard, "serve": self.params.get("serve"), "code": code, "command": command}
+        return {"engine": self.measured, "served": self.served, "guard": guard, "serve": self.params.get("serve"), "code": code, "command": command}

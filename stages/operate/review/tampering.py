@@ -16,8 +16,13 @@ from stages.operate.rules import RuleChange
 if TYPE_CHECKING:
     from stages.operate.review.learned import Learned
 
-WARDENS = ("stages/operate/*", "conf/*.py", ".github/*", ".gitlab-ci.yml", ".ci/*", ".gitattributes")
-"""Beside the gate stage's own code: what reviews, what runs the review, and what reads the rules."""
+WARDENS = (
+    *("stages/operate/*", "conf/*.py", ".github/*", ".gitlab-ci.yml", ".ci/*", ".gitattributes"),
+    *("requirements.txt", "pyproject.toml", "Makefile", ".dvc/config"),
+)
+"""Beside the gate stage's own code: what reviews, what runs the review, what reads the rules, and which packages all of it imports."""
+OURS = frozenset({"conf", "stages", "tests", "data"})
+"""Folders of modules. Any other in the root, and a module beside it, Python would take before the package of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +106,7 @@ def _edited(base: Snapshot, tree: Snapshot) -> Iterator[Flag]:
     for path in changed_files(base):
         if path in judging:
             yield Flag(what=f"{path} is the gate's code", holds=True)
-        elif any(fnmatch(path, pattern) for pattern in WARDENS):
+        elif any(fnmatch(path, pattern) for pattern in WARDENS) or (path.endswith(".py") and path.partition("/")[0] not in OURS):
             yield Flag(what=f"{path} reviews, or runs the review", holds=True)
         elif path in measuring or any(path.startswith(f"{folder}/") for folder in measuring):
             yield Flag(what=f"{path} measures: the base's own is used", holds=False)
