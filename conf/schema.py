@@ -151,7 +151,7 @@ class Dataset:
     `benchmark`: rows of a general-ability task; `attack` and `benign`: texts for guard and redteam. The purpose that the access
     policy checks is training for `train` and `corpus`, evaluation for the rest; guard checks training for what teaches it."""
     format: Literal["auto", "jsonl", "json", "yaml", "csv", "parquet", "markdown", "text", "lines", "html"] = "auto"
-    """How to read it; `auto` goes by the file name (`.gz`, `.bz2`, `.xz` and `.zst` are unpacked). `text`, `markdown` and `html`:
+    """How to read it; `auto` goes by the file name (`.gz`, `.bz2` and `.xz` are unpacked). `text`, `markdown` and `html`:
     one row per file (html: one per element of `rows_at`, if set; markdown: its front matter gives columns); `lines`: one row
     per line; `json` and `yaml`: an array, or the value under `rows_at`; a YAML file that is one object is one row. A row that is a
     bare string is its `text`."""

@@ -14,13 +14,17 @@ from importlib import import_module
 
 from conf.schema import PiiKind
 
-EMAIL = re.compile(r"(?<![\w.%+'-])[\w.%+'-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
-URL = re.compile(r"(?<!\w)(?:[a-z][a-z0-9+]{1,15}://|www\.)[^\s<>\"']*[^\s<>\"'.,;:!?)\]]", re.IGNORECASE)
+LOCAL = r"(?:(?<![\w.%+'-])[\w.%+'-]{1,64}|(?<![A-Za-z0-9_.%+'-])[A-Za-z0-9_.%+'-]{1,64})"
+"""Before the @; in a script without blanks, the Latin letters there."""
+EMAIL = re.compile(rf"{LOCAL}@(?:[\w-]{{1,63}}\.){{1,8}}(?:[A-Za-z]{{2,24}}(?![A-Za-z0-9-])|[^\W\d_]{{2,24}}(?![\w-]))")
+URL = re.compile(r"(?<![A-Za-z0-9])(?:[a-z][a-z0-9+]{1,15}://|www\.)[^\s<>\"']*[^\s<>\"'.,;:!?)\]]", re.IGNORECASE)
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}[0-9]{2}(?:[ \u00a0-]?[A-Za-z0-9]){11,30}")
-CARD = re.compile(r"(?<![A-Za-z0-9])(?<![0-9][ .\u00a0-])[2-6](?:[ .\u00a0-]?[0-9]){12,18}(?![0-9])")
-IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])")
+CARD = re.compile(r"(?<![A-Za-z0-9])[2-6](?:[ .\u00a0-]?[0-9]){12,18}(?![0-9])")
+IPV4 = re.compile(r"(?<![A-Za-z0-9.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![A-Za-z0-9]|\.[0-9])")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]{1,37}(?:(?:\.[0-9]{1,3}){3})?(?![\w:])")
-BITCOIN = re.compile(r"(?<!\w)(?:[13][1-9A-HJ-NP-Za-km-z]{25,34}|bc1[02-9ac-hj-np-z]{11,71})(?!\w)")
+BITCOIN = re.compile(r"(?<![A-Za-z0-9])(?:[13][1-9A-HJ-NP-Za-km-z]{25,34}|bc1[02-9ac-hj-np-z]{11,71})(?![A-Za-z0-9])")
+NUMBER_BEFORE = re.compile(r"[0-9][ .\u00a0-]$")
+AS_ON_A_CARD = re.compile(r"[0-9]{15,16}|[0-9]{4}([ .\u00a0-])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{5})")
 TAPROOT = re.compile(r"bc1p[02-9ac-hj-np-z]{58}")
 DECIMAL, PREFIX = re.compile(r"\d{1,2}\.\d+"), re.compile(r"[A-Z0-9]-")
 BLANK = r"[ \u00a0./-]"
@@ -96,33 +100,36 @@ def urls(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
 
 def ibans(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Numbers with the form of their country and the right check digits (mod 97); words that follow are left alone."""
-    return longest(IBAN, text, lambda number, _: number[-1].isalnum() and checker("iban")(number.replace("\u00a0", "")))
+    return longest(IBAN, text, lambda _, number, __: number[-1].isalnum() and checker("iban")(number.replace("\u00a0", "")))
 
 
 def cards(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Numbers of 13 to 19 digits in the payment networks' ranges with the right check digit (Luhn).
 
-    Of what has more groups of digits behind it, an expiry date say, the first 15 or 16 digits count too.
+    Of what has more groups of digits behind it, an expiry date say, the first 15 or 16 digits count too; and behind another number,
+    a quantity say, a number of 15 or 16 digits that is written as on a card.
     """
 
-    def right(number: str, rest: str) -> bool:
+    def right(before: str, number: str, rest: str) -> bool:
         digits = re.sub("[ .\u00a0-]", "", number)
+        if NUMBER_BEFORE.search(before) and not (AS_ON_A_CARD.fullmatch(number) and len(digits) in (15, 16)):
+            return False
         return number[-1].isdigit() and (not rest or (len(digits) in (15, 16) and not rest[0].isdigit())) and checker("luhn")(digits)
 
     if ascii_digits(text) >= 13:
         yield from longest(CARD, text, right)
 
 
-def longest(pattern: re.Pattern[str], text: str, right: Callable[[str, str], bool]) -> Iterator[tuple[int, int]]:
+def longest(pattern: re.Pattern[str], text: str, right: Callable[[str, str, str], bool]) -> Iterator[tuple[int, int]]:
     """Of each match the longest beginning that is right; where there is none, the next match may begin inside it.
 
     Args:
-        right: whether a beginning of a match is, given the rest of it.
+        right: whether a beginning of a match is, given the two characters before it, and the rest of it.
     """
     at = 0
     while match := pattern.search(text, at):
         found, start = match[0], match.start()
-        size = next((size for size in range(len(found), 12, -1) if right(found[:size], found[size:])), 0)
+        size = next((size for size in range(len(found), 12, -1) if right(text[max(start - 2, 0) : start], found[:size], found[size:])), 0)
         at = start + (size or 1)
         if size:
             yield start, at

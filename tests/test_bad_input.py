@@ -419,11 +419,16 @@ def many(files: dict[str, bytes], pattern: str, **keys: object) -> Damage:
 
 def parquet(**columns: list[object]) -> bytes:
     """A Parquet file."""
+    return parquet_of(list(columns), *columns.values())
+
+
+def parquet_of(names: list[str], *columns: list[object]) -> bytes:
+    """A Parquet file, of any names; without columns, each holds one letter."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     stream = io.BytesIO()
-    pq.write_table(pa.table(columns), stream)
+    pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns or [["a"]] * len(names)], names=names), stream)
     return stream.getvalue()
 
 
@@ -493,6 +498,8 @@ bad_rows("two CSV schemas", many({"data/raw/c/1.csv": b"text,label\na,b\n", "dat
          "data/raw/c/2.csv: no column for fields.text: text", "body, label")  # fmt: skip
 bad_rows("two Parquet schemas", lambda: many({"data/raw/c/1.parquet": parquet(text=["a"]), "data/raw/c/2.parquet": parquet(body=["b"])}, "data/raw/c/*")(),
          "data/raw/c/2.parquet: no column for fields.text: text", "body")  # fmt: skip
+bad_rows("Parquet with a column twice", lambda: source(parquet_of(["text", "text"]), "b.parquet")(), "data/raw/b.parquet: the column 'text' is there twice")
+bad_rows("Zstandard", source(b"x", "b.jsonl.zst", format="jsonl"), "b.jsonl.zst: .zst is not unpacked here", "pack it anew", error="ConfigError", code=2)
 bad_rows("no Parquet", source(b"PAR1 or so", "b.parquet"), "data/raw/b.parquet: no Parquet", "damaged or cut short")
 bad_rows(
     "Parquet damaged inside",
@@ -1107,6 +1114,9 @@ ODD = {
     "a byte order mark": Odd(name="odd.csv", content="\ufefftext,n\ngrüße an alle im lager,1\n".encode(), text="grüße an alle im lager"),
     "a byte order mark and CRLF": Odd(name="odd.jsonl", content='\ufeff{"text": "naïve café order"}\r\n\r\n'.encode(), text="naïve café order"),
     "UTF-16": Odd(name="odd.jsonl", content='{"text": "привет, где мой заказ"}\n'.encode("utf-16"), text="привет, где мой заказ", keys={"encoding": "utf-16"}),
+    "UTF-16 by another name": Odd(
+        name="odd.jsonl", content='{"text": "когда придёт посылка?"}\n'.encode("utf-16"), text="когда придёт посылка?", keys={"encoding": "u16"}
+    ),
     "Latin-1": Odd(name="odd.csv", content="text\nl'été est fini déjà\n".encode("latin-1"), text="l'été est fini déjà", keys={"encoding": "latin-1"}),
     "mixed line ends": Odd(name="odd.txt", content="une\r\ndeux مرحبا\ntrois".encode(), text="une\r\ndeux مرحبا\ntrois", clean="une\ndeux مرحبا\ntrois"),
     "front matter of Windows": Odd(name="odd.md", content="---\r\ntitle: Возврат\r\n---\r\nWithin 30 days ⏳.\r\n".encode(), text="Within 30 days ⏳."),

@@ -185,6 +185,29 @@ def test_a_disguise_keeps_the_verdict(folder: Path, trick: str, number: int) -> 
     assert Guard(None, Settings(rules={"ignore": GuardRule(pattern=r"^ignore|\bignore")})).check(hidden).reasons == ["ignore"]
 
 
+DECOYS = " ".join(base64.b64encode(f"hello friend {n}, how are you".encode()).decode() for n in range(40))
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_what_takes_the_place_of_the_readings_hides_nothing(folder: Path, trick: str) -> None:
+    guard = Guard(folder, Settings(window=WINDOW))
+    for hidden in (f"{TRICKS[trick](ATTACKS[0])} {DECOYS}", f"{DECOYS} {TRICKS[trick](ATTACKS[0])}"):
+        assert not guard.check(hidden).allowed
+    few = " ".join(DECOYS.split()[:7])
+    assert not Guard(None, Settings(rules={"ignore": GuardRule(pattern=r"^ignore|\bignore")})).check(f"{TRICKS[trick](ATTACKS[0])} {few}").allowed
+
+
+def test_more_than_is_read_is_told() -> None:
+    assert not views("where is my order").unread
+    assert views(DECOYS).unread
+    assert Guard(None, Settings(rules={"ignore": GuardRule(pattern="ignore")})).check(DECOYS).reasons == ["budget"]
+
+
+def test_letters_apart_by_any_sign_are_joined() -> None:
+    for sign in " .-_*|/":
+        assert "ignore" in views(sign.join("ignore"))[-1] + views(sign.join("ignore"))[0]
+
+
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_keeps_its_meaning_and_passes(folder: Path, text: str) -> None:
     assert Guard(folder, Settings(window=WINDOW)).check(text).allowed

@@ -47,7 +47,11 @@ OUT = Outgoing(GUARD)
 BAD = {
     "secret": [(f"Your key is {KEY}, keep it.", "Your key is <SECRET>, keep it."), (f"So:\n{CLOSED}\nDone.", "So:\n<SECRET>\nDone."), (PRIVATE, "<SECRET>")],
     "email": [("Write to bob.smith@example.com, please.", "Write to <EMAIL>, please."), ("bob@example.com", "<EMAIL>")],
-    "card": [("It was 4111 1111 1111 1111 then.", "It was <CARD> then."), ("4111111111111111", "<CARD>")],
+    "card": [
+        ("It was 4111 1111 1111 1111 then.", "It was <CARD> then."),
+        ("Both 4111 1111 1111 1111 4012 8888 8888 1881 then.", "Both <CARD> <CARD> then."),
+        ("4111111111111111", "<CARD>"),
+    ],
     "iban": [("To GB29 NWBK 6016 1331 9268 19 it went", "To <IBAN> it went")],
     "phone": [("Call +49 30 901820 ext. 12 now", "Call <PHONE> now"), ("+1 (201) 555-0123.", "<PHONE>.")],
     "codename": [("The project  Red fox is new.", "The <CODENAME> is new."), ("Pr\u00f6ject b\u200blue hare", "<CODENAME>")],

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError, DataError
-from conf.schema import Filters, MinHash, Normalise, Preprocess, Slurm, Split
+from conf.schema import Filters, MinHash, Normalise, Pii, Preprocess, Slurm, Split
 from stages import preprocess
 from stages.files import read_json, read_jsonl, sha256, write_json, write_jsonl
+from stages.steps.rows import LONGEST_DROPPED, beginning, redacted_value
 from tests.conftest import ROOT
 
 Rows = list[dict[str, Any]]
@@ -172,6 +173,20 @@ def test_an_endless_line_is_dropped_and_kept_in_part(text: str) -> None:
     assert run()["reasons"] == {"max_chars": 1}
     kept = next(read_jsonl(Path("data/preprocess/dropped.jsonl")))["text"]
     assert kept.endswith(f"… ({len(text.strip())} characters)") and "4111" not in kept
+
+
+@pytest.mark.parametrize("blank", [" ", ""])
+def test_no_half_of_personal_data_is_kept_of_a_long_row(blank: str) -> None:
+    for shift in range(0, 30, 3):
+        text = "x" * shift + f"{blank}jo@example.com{blank},, 4111 1111 1111 1111{blank},," * 2_000
+        kept = beginning(text, Pii())
+        assert 8_000 < len(kept) <= LONGEST_DROPPED
+        assert "jo@" not in kept and "4111" not in kept and "example" not in kept
+
+
+def test_the_names_in_meta_are_redacted_and_none_is_lost() -> None:
+    meta = {"jo@example.com": 1, "al@example.com": {"from 4111111111111111": "x"}, "n": 2}
+    assert redacted_value(meta, Pii()) == {"<EMAIL>": 1, "<EMAIL> 1": {"from <CARD>": "x"}, "n": 2}
 
 
 # ---------------------------------------------------------------- which duplicate stays

@@ -151,7 +151,7 @@ def _begin(app: FastAPI, request: Request, asked: ChatRequest | CompletionReques
         return Answers(assistant=assistant, scheduler=scheduler, request=asked, instructs=may_instruct(key))
     return UpstreamAnswers(
         assistant=assistant, scheduler=scheduler, request=asked, instructs=may_instruct(key),
-        line=scheduler, classification=classify(key, request.headers.get(HEADER)), gone=request.is_disconnected,
+        line=scheduler, classification=classify(key, request.headers.getlist(HEADER)), gone=request.is_disconnected,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -23,10 +23,13 @@ from stages.serve.engine import Engine, Sampling, open_engine
 from stages.serve.grammar import Constraint, Grammars
 from stages.serve.guard.guard import SYSTEM, Guard, Message, Screened
 from stages.serve.guard.outgoing import Outgoing, Watch
+from stages.serve.guard.verdict import Finding
 from stages.serve.jobs import Job
 from stages.serve.refusals import Refused
 from stages.serve.steering import Steering
 from stages.serve.text import TextStream
+from stages.serve.upstream.letters import Letters
+from stages.serve.upstream.masks import strings
 from stages.serve.wire import ChatRequest, CompletionRequest, ObjectFormat, SchemaFormat
 
 COLD, NARROW = 1e-4, 1e-6
@@ -100,7 +103,14 @@ class Assistant:
             text = turn.text()
             trusted = turn.role in SYSTEM and (instructs or text == self.settings.system)
             found.append(Message(text=text, role=turn.role, name=turn.name, trusted=trusted))
-        return self.guard.screen(found)
+        if not isinstance(self.engine.chat, Letters) or not isinstance(request.response_format, SchemaFormat):
+            return self.guard.screen(found)
+        schema = "\n".join(strings(request.response_format.json_schema.model_dump(mode="json", by_alias=True)))  # an upstream may show it to its model
+        screened = self.guard.screen([*found, Message(text=schema, role="tool")])
+        verdict = screened.verdict
+        if screened.texts[-1] != schema:
+            verdict = replace(verdict, findings=(*verdict.findings, Finding(tier="rules", name="unmaskable", action="refuse")))
+        return replace(screened, verdict=verdict, texts=screened.texts[:-1])
 
     def watch(self, request: ChatRequest | CompletionRequest, screened: Screened) -> Watch:
         """What reads one answer on its way out."""

@@ -6,7 +6,8 @@ at the values at which it asks for nothing (`tools: []`), because some clients a
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -16,6 +17,8 @@ UNSUPPORTED = {
     "echo": "", "best_of": ": ask for n answers and choose",
 }  # fmt: skip
 """Parameter -> what its refusal adds."""
+DEEPEST = 64
+"""Objects and lists within each other, of a schema."""
 MOST_ANSWERS = 8
 """Of one request."""
 
@@ -26,6 +29,25 @@ def _whole(text: str) -> str:
     if "\0" in text:
         raise ValueError("it holds a NUL, which no database takes for text")
     return text
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A JSON value without half characters and numbers that JSON has not, and not nested without end."""
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} deep")
+    match value:
+        case str():
+            _whole(value)
+        case float() if not math.isfinite(value):
+            raise ValueError(f"{value} is no number of JSON")
+        case list():
+            for item in value:
+                _plain(item, depth + 1)
+        case dict():
+            for name, item in value.items():
+                _plain(name)
+                _plain(item, depth + 1)
+    return value
 
 
 Text = Annotated[str, AfterValidator(_whole)]
@@ -68,7 +90,7 @@ class JsonSchema(Strict):
     """A schema by OpenAI's rules."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    schema_: Annotated[dict[str, object], Field(alias="schema")]
+    schema_: Annotated[dict[str, object], AfterValidator(_plain), Field(alias="schema")]
     """What llguidance knows of JSON Schema."""
     description: Text | None = None
     strict: bool | None = None

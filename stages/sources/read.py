@@ -212,6 +212,9 @@ def parquet_rows(file: File) -> Located:
         with pq.ParquetFile(file.path) as table:
             if sum(table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)) > file.max_bytes:
                 file.too_large()
+            names = table.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{file.name}: the column {twice!r} is there twice", "write it with one of each name: only the last would be read")
             number = 0
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import lzma
 import zlib
@@ -14,7 +15,8 @@ from typing import IO, NoReturn
 from conf.errors import ConfigError, DataError
 from conf.schema import Dataset
 
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+OTHERWISE_COMPRESSED = (".zst", ".lz4", ".br", ".7z", ".lzma", ".z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +41,22 @@ class File:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """Open it, decompressed if its name ends in .gz, .bz2, .xz or .zst.
+        """Open it, decompressed if its name ends in .gz, .bz2 or .xz.
 
         Raises:
             DataError: it cannot be decompressed.
+            ConfigError: its name says that it is compressed in another way.
         """
         import fsspec
 
-        compression = COMPRESSED.get(Path(self.name).suffix.lower())
+        compression = COMPRESSED.get(suffix := Path(self.name).suffix.lower())
+        if suffix in OTHERWISE_COMPRESSED:
+            raise ConfigError(f"{self.name}: {suffix} is not unpacked here", f"pack it anew as {', '.join(COMPRESSED)}, or unpack it")
         try:
             with fsspec.open(str(self.path), "rb", compression=compression) as stream:
                 yield stream
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of gzip, bz2 and zstandard have no number
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk; those of gzip and bz2 have no number
                 raise
             raise DataError(f"{self.name}: cannot be decompressed: {error}", "the file is damaged or cut short") from error
 
@@ -76,9 +81,16 @@ class File:
             )
         return text.removeprefix("\ufeff") if offset == 0 else text
 
+    def codec(self) -> str:
+        """Python's own name of the encoding, which has several; empty: it is none, which `decode` tells."""
+        try:
+            return codecs.lookup(self.dataset.encoding).name
+        except LookupError:
+            return ""
+
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield number and text of each line, with its end."""
-        if self.dataset.encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32")):  # their line ends are not one byte
+        if self.codec().startswith(("utf-16", "utf-32")):  # their line ends are not one byte
             yield from enumerate(io.StringIO(self.text(self.max_bytes), newline=""), 1)
             return
         offset = 0

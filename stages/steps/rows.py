@@ -33,6 +33,8 @@ STRINGS = tuple(field.name for field in fields(Record) if field.type == "str")
 OTHERS = tuple(name for name in STRINGS if name not in ("id", "text"))
 LONGEST_DROPPED = 20_000
 """Characters of a dropped text that are kept: redacting one of 100 MB would take hours."""
+LONGEST_FIND = 2_000
+"""More characters than personal data has that is found as one."""
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
 """What orjson may read as a float because it does not fit into 64 bits."""
 CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -139,10 +141,17 @@ class Dropped:
     def add(self, row: Row, reason: str, of: str = "", rank: int = 0) -> None:
         """Keep one row. Args: reason: which rule. of: the row that is kept instead, if it is a repeat."""
         if len(row["text"]) > LONGEST_DROPPED:
-            row = {**row, "text": f"{row['text'][:LONGEST_DROPPED]}… ({len(row['text'])} characters)"}
+            row = {**row, "text": f"{beginning(row['text'], self.pii)}… ({len(row['text'])} characters)"}
         kept = {**redacted(row, self.pii), "reason": f"{reason} of {of}" if of else reason}
         kept = {name: value for name, value in kept.items() if name not in SCRATCH}
         self.runs.setdefault(rank, Runs(self.folder, f"{self.step}-{rank:05d}")).add(dropped_key(kept), publishable(kept))
+
+
+def beginning(text: str, pii: Pii) -> str:
+    """As much as is kept of a long text; at its end no half of personal data, which nobody would recognise any more."""
+    if pii.action == "off":
+        return text[:LONGEST_DROPPED]
+    return redact(text[: LONGEST_DROPPED + LONGEST_FIND], pii.kinds, pii.phone_regions)[:-LONGEST_FIND][:LONGEST_DROPPED]
 
 
 def dropped_key(row: Row) -> tuple[str, str, str, str]:
@@ -192,5 +201,9 @@ def redacted_value(value: Any, pii: Pii) -> Any:
         case list():
             return [redacted_value(item, pii) for item in value]
         case dict():
-            return {name: redacted_value(item, pii) for name, item in value.items()}
+            named: dict[str, Any] = {}
+            for name, item in value.items():
+                clean = redact(name, pii.kinds, pii.phone_regions)
+                named[clean if clean not in named else f"{clean} {len(named)}"] = redacted_value(item, pii)
+            return named
     return value

@@ -174,7 +174,10 @@ class Guard:
         if clock.over("rules"):
             return {self._late("rules")}
         known: dict[str, list[tuple[int, int]]] = {}
-        for view in dict.fromkeys([*views(text), plain(text)]) if self.rules.plainly else views(text):
+        read = views(text)
+        if read.unread:
+            findings.add(self._late("rules"))
+        for view in dict.fromkeys([*read, plain(text)]) if self.rules.plainly else read:
             # leetspeak is rewritten letter by letter: what is excused as it was written is excused at the same place as it may be meant
             letters = view.translate(LEET)
             excused = known[letters] = [*known.get(letters, ()), *self.rules.excused(view)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ TAGS = re.compile(r"[\U000e0020-\U000e007e]+")
 WORD = re.compile(r"[^\W\d_]+")
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
 HEX = re.compile(r"(?:(?:0x|\\x)?[0-9a-fA-F]{2}[\s:,]?){8,}")
-SPACED = re.compile(r"(?<!\w)[^\W_](?:[\s.\-_*|/]{1,5}[^\W_](?!\w)){4,}")
+SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[\s.\-_*|/]{1,5}[^\W_](?![^\W_])){4,}")
 LEET = str.maketrans("0134578@$!|", "oieastbasii")
 LEET_WORD = 24
 """Longest word that is read as leetspeak: longer ones are codes."""
@@ -31,7 +32,7 @@ FREQUENT = frozenset(["the", "and", "you", "your", "to", "of", "all", "is", "in"
 """English words by which rot13 is told from other text."""
 DEPTH = 2
 """A payload may hold a payload; one in that one is not opened."""
-MOST_VIEWS = 8
+MOST_VIEWS = 16
 MOST_CHARACTERS = 20_000
 """Of all decoded payloads together: the rest is not opened."""
 
@@ -89,21 +90,29 @@ def plain(text: str) -> str:
     return " ".join("".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).split())
 
 
-def views(text: str) -> list[str]:
+class Views(list[str]):
     """Normalised readings of a text: itself first, then what is hidden in it; no two equal, at most `MOST_VIEWS`."""
+
+    unread = False
+    """More is hidden in it than is read."""
+
+
+def views(text: str) -> Views:
+    """Read a text in every way. What it says itself comes before any payload, which may be there to take its place."""
     found = dict.fromkeys([normalise(text)])
-    todo, left = [(text, 0)], MOST_CHARACTERS
-    while todo and len(found) < MOST_VIEWS:
+    todo, left, unread = [(text, 0)], MOST_CHARACTERS, False
+    while todo and not unread:
         source, depth = todo.pop(0)
-        for hidden in payloads(source) if depth < DEPTH else ():
-            if (left := left - len(hidden)) < 0 or len(found) >= MOST_VIEWS:
-                break
-            found[normalise(hidden)] = None
-            todo.append((hidden, depth + 1))
-        for rewritten in rewritings(source):
-            if len(found) < MOST_VIEWS:
-                found[rewritten] = None
-    return [view for view in found if view] or [""]
+        hidden = list(itertools.islice(payloads(source), MOST_VIEWS)) if depth < DEPTH else []
+        for view in itertools.chain(rewritings(source), map(normalise, hidden)):
+            unread = unread or (view not in found and len(found) >= MOST_VIEWS)
+            if not unread:
+                found[view] = None
+        todo += [(payload, depth + 1) for payload in hidden]
+        unread = unread or (left := left - sum(map(len, hidden))) < 0
+    read = Views(view for view in found if view) or Views([""])
+    read.unread = unread
+    return read
 
 
 def rewritings(text: str) -> Iterator[str]:

@@ -40,10 +40,15 @@ class Personal:
         return min(word(answer.raw, start), number(answer.raw, start))
 
     def find(self, answer: Answer, start: int, final: bool) -> Iterable[Span]:
-        """By kind."""
-        from stages.pii import find
+        """By kind; what one hides that stands before it too."""
+        from stages.pii import ROUNDS, find
 
         begin = boundary(answer.raw, start)
-        for span in find(answer.raw[begin:], list(self._kinds), self._regions):
-            if begin + span.end > start and answer.raw[begin + span.start : begin + span.end] not in self._said:
-                yield Span(start=begin + span.start, end=begin + span.end, name=span.kind, action=self._kinds[span.kind])
+        left = answer.raw[begin:]
+        for _ in range(ROUNDS):
+            for span in (found := find(left, list(self._kinds), self._regions)):
+                if begin + span.end > start and answer.raw[begin + span.start : begin + span.end] not in self._said:
+                    yield Span(start=begin + span.start, end=begin + span.end, name=span.kind, action=self._kinds[span.kind])
+                left = left[: span.start] + "<" * (span.end - span.start) + left[span.end :]
+            if not found:
+                break

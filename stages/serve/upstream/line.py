@@ -19,11 +19,10 @@ HEADER = "x-data-classification"
 STRICTEST_LAST: tuple[Classification, ...] = get_args(Classification)
 
 
-def classify(key: Key | None, stated: str | None) -> Classification:
-    """Of a request: the stricter one of its key's and of what it states; the strictest with neither, or an unknown one."""
+def classify(key: Key | None, stated: Sequence[str]) -> Classification:
+    """Of a request: the strictest one of its key's and of what it states; the strictest of all with neither, or an unknown one."""
     known = [STRICTEST_LAST.index(key.classification)] if key is not None and key.classification is not None else []
-    if stated is not None:
-        known.append(STRICTEST_LAST.index(stated) if stated in STRICTEST_LAST else len(STRICTEST_LAST) - 1)
+    known += [STRICTEST_LAST.index(one) if one in STRICTEST_LAST else len(STRICTEST_LAST) - 1 for one in stated]
     return STRICTEST_LAST[max(known, default=len(STRICTEST_LAST) - 1)]
 
 

@@ -24,7 +24,7 @@ class Masks:
     def __init__(self, body: JsonValue, kinds: Sequence[PiiKind], regions: Sequence[str], *, quoted: bool = False) -> None:
         """Args: body: what will leave. kinds, regions: as of `pii.find`. quoted: the answer is JSON, and what is put back stands in its strings."""
         self._kinds, self._regions, self._quoted = kinds, regions, quoted
-        self._taken = {found for text in _strings(body) for found in PLACEHOLDER.findall(text)}
+        self._taken = {found for text in strings(body) for found in PLACEHOLDER.findall(text)}
         self._placeholders: dict[tuple[PiiKind, str], str] = {}
         self._numbers = Counter[str]()
         self._values: dict[str, str] = {}
@@ -85,14 +85,14 @@ class Unmasked:
         return text
 
 
-def _strings(body: JsonValue) -> Iterator[str]:
+def strings(body: JsonValue) -> Iterator[str]:
     """All of them, keys included."""
     if isinstance(body, str):
         yield body
     elif isinstance(body, list):
         for item in body:
-            yield from _strings(item)
+            yield from strings(item)
     elif isinstance(body, dict):
         for key, value in body.items():
             yield key
-            yield from _strings(value)
+            yield from strings(value)
