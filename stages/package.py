@@ -92,6 +92,24 @@ def check(verdict: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], 
             raise Held(what, "run `dvc repro`: what is packaged must be what was gated")
 
 
+def check_guard(measured: Mapping[str, object]) -> None:
+    """Let through only the very classifier that was measured, and behind which the model was attacked.
+
+    Args:
+        measured: file -> what it says of the guard, with the digest of each of its files.
+
+    Raises:
+        Held: one of the files is another one.
+    """
+    for name in GUARD_FILES:
+        digest = sha256(GUARD / name)
+        for path, result in measured.items():
+            digests = result.get("digest") if isinstance(result, Mapping) else None
+            named = digests.get(name) if isinstance(digests, Mapping) else None
+            if named != digest:
+                raise Held(f"{path} is about {name} {named}, and {GUARD / name} is {digest}", "run `dvc repro`: what is packaged must be what was gated")
+
+
 def requirements(kind: str, *, transformer: bool = False) -> list[str]:
     """`name==version` of exactly what the service imports, as installed here. Args: kind: of the engine. transformer: whether the guard has one.
 
@@ -192,6 +210,7 @@ def main() -> None:
     serve: Serve = conf.load("serve")
     digest = sha256(EXPORT / "engine")
     check(read_json(VERDICT), {str(path): read_json(path) for path in (EXPORT / "summary.json", SCORES, REDTEAM / "result.json")}, digest)
+    check_guard({str(GUARD / "result.json"): read_json(GUARD / "result.json"), str(REDTEAM / "result.json"): read_json(REDTEAM / "result.json").get("guard")})
     remove(WORK / "package")
     with scratch("trunkline-package", Path(tempfile.gettempdir())) as folder:  # not under .dvc/: BentoML refuses hidden folders
         context, store = folder.resolve() / "context", folder.resolve() / "store"

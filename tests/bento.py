@@ -14,6 +14,7 @@ from pathlib import Path
 from conf.schema import EngineSettings
 from stages.convert import to_ctranslate2
 from stages.files import sha256, write_json
+from stages.package import GUARD_FILES
 from tests.guards import toy_guard
 from tests.models import tiny_llama
 
@@ -47,9 +48,11 @@ def repository(folder: Path) -> Path:
     task = {"score": 0.91, "stderr": 0.02, "n": 200, "spread": 0.01, "metric": "exact_match", "higher_is_better": True,
             "base": {"score": 0.0, "stderr": 0.0}, "gain": 0.91}  # fmt: skip
     write_json(folder / "models/evaluate/scores.json", {"tasks": {"support_intent": task}, "digest": digest})
-    write_json(folder / "models/redteam/result.json", {"attack_success": 0.05, "false_alarms": 0.01, "canary_leaks": 0, "digest": digest})
     toy_guard(folder / "models/guard")
-    write_json(folder / "models/guard/result.json", {"recall": 0.95, "false_alarms": 0.005, "families": {}, "benign": {}})
+    guard = {name: sha256(folder / "models/guard" / name) for name in GUARD_FILES}
+    write_json(folder / "models/guard/result.json", {"recall": 0.95, "false_alarms": 0.005, "families": {}, "benign": {}, "digest": guard})
+    attacked = {"attack_success": 0.05, "false_alarms": 0.01, "canary_leaks": 0, "digest": digest, "guard": {"digest": guard}}
+    write_json(folder / "models/redteam/result.json", attacked)
     rule = {"name": "routes", "metric": "evaluate.support_intent", "direction": "at_least", "limit": 0.8, "value": 0.91, "passed": True, "why": ""}
     write_json(folder / "models/gate/verdict.json", {"outcome": "promote", "promote": True, "reasons": [], "rules": [rule], "relative": [], "champion": None,
                                                       "digest": digest})  # fmt: skip

@@ -106,6 +106,16 @@ print(assistant.digest, answer.encode())
     assert [path.name for path in (tmp_path / "engines").iterdir() if path.is_dir()] == [sha256(made / "engine")]
 
 
+@pytest.mark.parametrize("result", ["guard/result.json", "redteam/result.json"])
+def test_a_guard_that_was_not_measured_is_not_packaged(tmp_path: Path, result: str) -> None:
+    folder = copy(tmp_path)
+    path = folder / "models" / result
+    path.write_text(path.read_text().replace(sha256(folder / "models/guard/guard.json"), "0" * 64))
+    done = package(folder)
+    assert done.returncode == 1
+    assert f"models/{result} is about guard.json {'0' * 64}" in done.stderr
+
+
 def test_links_of_the_cache_are_dereferenced(tmp_path: Path) -> None:
     """`cache.type symlink` makes the engine a folder of links into .dvc/cache."""
     folder = copy(tmp_path)
