@@ -193,8 +193,10 @@ def test_what_takes_the_place_of_the_readings_hides_nothing(folder: Path, trick:
     guard = Guard(folder, Settings(window=WINDOW))
     for hidden in (f"{TRICKS[trick](ATTACKS[0])} {DECOYS}", f"{DECOYS} {TRICKS[trick](ATTACKS[0])}"):
         assert not guard.check(hidden).allowed
-    few = " ".join(DECOYS.split()[:7])
-    assert not Guard(None, Settings(rules={"ignore": GuardRule(pattern=r"^ignore|\bignore")})).check(f"{TRICKS[trick](ATTACKS[0])} {few}").allowed
+    by_rules = Guard(None, Settings(rules={"ignore": GuardRule(pattern=r"^ignore|\bignore")}))
+    few, often = " ".join(DECOYS.split()[:7]), f"{DECOYS.split()[0]} " * 40
+    assert not by_rules.check(f"{TRICKS[trick](ATTACKS[0])} {few}").allowed
+    assert not by_rules.check(f"{often} {TRICKS[trick](ATTACKS[0])}").allowed
 
 
 def test_more_than_is_read_is_told() -> None:

@@ -103,7 +103,7 @@ def views(text: str) -> Views:
     todo, left, unread = [(text, 0)], MOST_CHARACTERS, False
     while todo and not unread:
         source, depth = todo.pop(0)
-        hidden = list(itertools.islice(payloads(source), MOST_VIEWS)) if depth < DEPTH else []
+        hidden = dict.fromkeys(payloads(source) if depth < DEPTH else ())  # one that stands there often takes one place
         for view in itertools.chain(rewritings(source), map(normalise, hidden)):
             unread = unread or (view not in found and len(found) >= MOST_VIEWS)
             if not unread:
