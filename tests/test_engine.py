@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import pytest
@@ -232,8 +233,8 @@ def test_what_a_long_stop_text_costs_grows_with_the_answer_and_not_with_it() -> 
     class Sliced(str):
         """Counts what is cut off it."""
 
-        def __getitem__(self, at: object) -> str:
-            taken.append(part := super().__getitem__(at))  # type: ignore[index]
+        def __getitem__(self, at: SupportsIndex | slice) -> str:
+            taken.append(part := super().__getitem__(at))
             return part
 
     taken: list[str] = []
